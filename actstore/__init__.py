@@ -1,0 +1,64 @@
+"""actstore: capture, archive, analyse and share language-model activations.
+
+Owns the public names, each loaded when it is first asked for: importing actstore imports neither
+torch nor zarr nor xarray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actstore.compaction import compact as compact
+    from actstore.config import HookConfig as HookConfig
+    from actstore.config import HookGranularity as HookGranularity
+    from actstore.config import InstrumentationConfig as InstrumentationConfig
+    from actstore.dataset import open_dataset as open_dataset
+    from actstore.errors import ActstoreError as ActstoreError
+    from actstore.framework import InstrumentationFramework as InstrumentationFramework
+    from actstore.framework import (
+        analyze_activations_with_tokens as analyze_activations_with_tokens,
+    )
+    from actstore.stream.reader import open_stream as open_stream
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ActstoreError": "actstore.errors",
+    "HookConfig": "actstore.config",
+    "HookGranularity": "actstore.config",
+    "InstrumentationConfig": "actstore.config",
+    "InstrumentationFramework": "actstore.framework",
+    "analyze_activations_with_tokens": "actstore.framework",
+    "compact": "actstore.compaction",
+    "open_dataset": "actstore.dataset",
+    "open_stream": "actstore.stream.reader",
+}
+
+__all__ = [
+    "ActstoreError",
+    "HookConfig",
+    "HookGranularity",
+    "InstrumentationConfig",
+    "InstrumentationFramework",
+    "analyze_activations_with_tokens",
+    "compact",
+    "open_dataset",
+    "open_stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module, once."""
+    home = _HOMES.get(name)
+    if home is None:
+        msg = f"module 'actstore' has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

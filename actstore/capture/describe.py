@@ -1,0 +1,127 @@
+"""Owns what the HEADER says of models and capture, and whether two HEADERs are of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import actstore
+from actstore import codecs
+from actstore.config import InstrumentationConfig
+from actstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from actstore.capture.session import Instrumented
+
+__all__ = ["check_same_run", "describe"]
+
+#: Of a model's config: where it was loaded from, and by which version, is not what it is.
+_INCIDENTAL = ("_name_or_path", "transformers_version")
+_SAME_CAPTURE = ("granularity", "sampling_rate", "sampling_seed", "target_layers")
+
+
+def describe(
+    models: Sequence[Instrumented], config: InstrumentationConfig, track_per_token: bool
+) -> dict[str, Any]:
+    """Give the HEADER's attributes, but for the run's id and time."""
+    rank, world_size = _rank()
+    hooks = models[0].hooks
+    targets = hooks.target_layers
+    return {
+        "writer": {"name": "actstore", "version": actstore.__version__},
+        "models": [_model(one.name, one.model) for one in models],
+        "capture": {
+            "granularity": config.granularity.name,
+            "compression": config.compression_algorithm,
+            "sampling_rate": hooks.sampling_rate,
+            "sampling_seed": hooks.sampling_seed,
+            "target_layers": targets
+            if targets is None
+            else getattr(targets, "__qualname__", "callable")
+            if callable(targets)
+            else list(targets),
+            "target_throughput_gbps": config.target_throughput_gbps,
+            "max_memory_gb": config.max_memory_gb,
+            "track_per_token": track_per_token,
+        },
+        "rank": rank,
+        "world_size": world_size,
+        "codecs": {str(number): entry for number, entry in codecs.CODECS.items()},
+    }
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuse to resume a log with another model or another capture.
+
+    Raises
+    ------
+    ConfigError
+        They differ; the text says in what.
+    """
+    was, wanted = _identity(before), _identity(json.loads(json.dumps(now)))
+    differing = [
+        f"{name}: the log has {_short(was.get(name))}, this capture {_short(value)}"
+        for name, value in wanted.items()
+        if was.get(name) != value
+    ]
+    if differing or was.keys() != wanted.keys():
+        told = "; ".join(differing) or f"the log has {len(was)} settings, wanted {len(wanted)}"
+        msg = (
+            f"{path} can't be resumed, it is of another run: {told}; resume it as it was "
+            "captured, or give another output_path"
+        )
+        raise ConfigError(msg)
+
+
+def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten what must be the same in a resumed run."""
+    flat: dict[str, Any] = {}
+    for number, model in enumerate(header.get("models", [])):
+        flat[f"model {number} class"] = model.get("class")
+        flat[f"model {number} parameters"] = model.get("parameters")
+        for key, value in (model.get("config") or {}).items():
+            if key not in _INCIDENTAL:
+                flat[f"model {number} config {key}"] = value
+    capture = header.get("capture", {})
+    return flat | {name: capture.get(name) for name in _SAME_CAPTURE}
+
+
+def _model(name: str, model: nn.Module) -> dict[str, Any]:
+    dtypes = Counter[str]()
+    for parameter in model.parameters():
+        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return {
+        "name": name,
+        "class": type(model).__name__,
+        "config": _config(model),
+        "parameters": sum(dtypes.values()),
+        "dtypes": dict(dtypes),
+    }
+
+
+def _config(model: nn.Module) -> dict[str, Any] | None:
+    """Give a Hugging Face model's config as JSON has it."""
+    dump = getattr(getattr(model, "config", None), "to_json_string", None)
+    if not callable(dump):
+        return None
+    found = json.loads(dump(use_diff=False))
+    return found if isinstance(found, dict) else None
+
+
+def _rank() -> tuple[int, int]:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."

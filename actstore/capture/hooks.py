@@ -1,0 +1,358 @@
+"""Owns the hooks: what they do when a module fires, and that they go away.
+
+A hook copies the first tensor of the output into the stage at once and returns None, so that the
+model computes what it would compute without it. What is hooked is ``select.py``'s business, what
+a pass is ``passes.py``'s, when groups are due ``stage.py``'s.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actstore import dtypes
+from actstore.capture.passes import Entries, read_inputs
+from actstore.capture.select import Target
+from actstore.capture.stage import Stage
+from actstore.errors import CaptureError
+from actstore.packet import LayerInfo, PassInfo
+from actstore.stream.records import Features
+
+__all__ = ["Hooks", "Sampling", "first_tensor"]
+
+_CODES: dict[torch.dtype, int] = {
+    getattr(torch, name): entry.code
+    for name, entry in dtypes.BY_NAME.items()
+    if hasattr(torch, name)
+}
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Give the first tensor of an output, depth first; None where there is none."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = output.values()
+    elif not isinstance(output, tuple | list):
+        return None
+    found = (first_tensor(item) for item in output)
+    return next((tensor for tensor in found if tensor is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How ``SAMPLED_SLICES`` draws: ``ceil(rate * width)`` features a width, from a seed."""
+
+    rate: float
+    seed: int
+
+    def draw(self, width: int) -> Features:
+        """Draw the features of a width; the same for the same seed and width."""
+        count = math.ceil(self.rate * width)
+        generator = np.random.default_rng([self.seed, width])
+        kept = np.sort(generator.choice(width, size=min(count, width), replace=False))
+        return Features(width, kept.astype(np.uint32))
+
+
+@dataclass(slots=True)
+class _Layer:
+    """A hooked module's state."""
+
+    info: LayerInfo
+    described: bool
+    fired: int = 0
+    pass_index: int = -1
+    calls: int = 0
+
+
+class Hooks:
+    """The hooks of one capture: a context manager that attaches and removes them.
+
+    Parameters
+    ----------
+    stage : Stage
+        Where packets go.
+    targets : sequence of Target
+        What is hooked.
+    entries : Entries
+        The entry modules.
+    next_seq, next_pass : int
+        Where the run stands.
+    known : mapping of str to LayerInfo
+        Layers that the log describes already.
+    sampling : Sampling, optional
+        Keep only these features.
+    known_widths : set of int
+        Widths whose features the log holds already.
+    tokenizer : object, optional
+        With ``decode([id])``: texts of the ids that are fed.
+    flush_at_pass_end : bool
+        Passes are where groups may be sealed; else only recorded tokens are.
+
+    Attributes
+    ----------
+    skipped : collections.Counter
+        "layer: why" -> how often an output couldn't be captured.
+    recomputed : int
+        Firings during backward, which are ignored.
+    last_pass : int
+        The index of the last pass that began, or -1.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        targets: list[Target],
+        entries: Entries,
+        *,
+        next_seq: int = 0,
+        next_pass: int = 0,
+        known: Mapping[str, LayerInfo] | None = None,
+        sampling: Sampling | None = None,
+        known_widths: set[int] | None = None,
+        tokenizer: Any = None,
+        flush_at_pass_end: bool = True,
+    ) -> None:
+        self.skipped: Counter[str] = Counter()
+        self.recomputed = 0
+        self.last_pass = next_pass - 1
+        self.first_pass = next_pass
+        self._stage = stage
+        self._entries = entries
+        self._seq = next_seq
+        self._sampling = sampling
+        self._written_widths = set(known_widths or ())
+        self._kept: dict[int, Tensor] = {}
+        self._tokenizer = tokenizer
+        self._texts: set[int] = set()
+        self._flush = flush_at_pass_end
+        self._annotations: dict[str, list[Any]] = {}
+        self._pass: PassInfo | None = None
+        self._thread = 0
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int | None, int]] = {}
+        self._layers = _number(targets, known or {})
+        self._targets = targets
+        self._handles: list[Any] = []
+
+    # -- attaching ------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        try:
+            for module in self._entries.names:
+                handle = module.register_forward_pre_hook(
+                    self._enter_pass, with_kwargs=True, prepend=True
+                )
+                self._handles.append(handle)
+            for target in self._targets:
+                hook = self._layer_hook(self._layers[target.name])
+                self._handles.append(target.module.register_forward_hook(hook))
+            for module in self._entries.names:
+                self._handles.append(
+                    module.register_forward_hook(self._leave_pass, always_call=True)
+                )
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._remove()
+        if self._pass is not None:
+            self._close_pass(aborted=self._entries.inside)
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    # -- what a run did -------------------------------------------------------------------------
+
+    def annotate(self, labels: Mapping[str, list[Any]]) -> None:
+        """Keep labels for the batch items of the next pass."""
+        self._annotations.update(labels)
+
+    def never_fired(self) -> list[str]:
+        """Give the names of the layers that gave no packet in this capture."""
+        return [name for name, layer in self._layers.items() if not layer.fired]
+
+    @property
+    def packets(self) -> int:
+        """Packets of this capture so far."""
+        return sum(layer.fired for layer in self._layers.values())
+
+    # -- passes ---------------------------------------------------------------------------------
+
+    def _enter_pass(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if self._pass is not None:
+            self._check_thread(self._entries.names[module])
+        if not self._entries.enter(module):
+            return
+        if self._pass is not None:
+            self._close_pass(aborted=self._entries.interrupted)
+        self._open_pass(self._entries.names[module], self._entries.arguments(module, args, kwargs))
+
+    def _leave_pass(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if self._entries.leave(module) and self._pass is not None:
+            self._close_pass(aborted=self._entries.raised())
+
+    def _open_pass(self, entry: str, arguments: Mapping[str, Any]) -> None:
+        annotations, self._annotations = self._annotations, {}
+        try:
+            info = read_inputs(self.last_pass + 1, entry, arguments, annotations)
+        except BaseException:
+            self._entries.forget()
+            raise
+        self._stage.begin_pass(info, self._new_texts(info))
+        self.last_pass = info.index
+        self._pass = info
+        self._thread = threading.get_ident()
+
+    def _close_pass(self, *, aborted: bool) -> None:
+        assert self._pass is not None  # noqa: S101 - callers asked
+        index, self._pass = self._pass.index, None
+        self._seen.clear()
+        if self._stage.failure is None:  # which has surfaced already, or will at the end
+            self._stage.end_pass(index, aborted=aborted, flush=self._flush)
+
+    def _new_texts(self, info: PassInfo) -> dict[int, str]:
+        if self._tokenizer is None:
+            return {}
+        fed = {int(one) for axis in info.axes for one in np.unique(axis.token_ids)}
+        new = sorted(fed - self._texts - {-1})
+        self._texts.update(new)
+        return {one: str(self._tokenizer.decode([one])) for one in new}
+
+    # -- layers ---------------------------------------------------------------------------------
+
+    def _layer_hook(self, layer: _Layer) -> Any:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            self._fired(layer, args, output)
+
+        return hook
+
+    def _fired(self, layer: _Layer, args: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            self.recomputed += 1  # checkpointing runs the forward again in backward
+            return
+        tensor = output if isinstance(output, Tensor) else first_tensor(output)
+        if tensor is None:
+            return
+        code = _CODES.get(tensor.dtype)
+        if code is None or tensor.layout is not torch.strided:
+            self.skipped[f"{layer.info.name}: {tensor.dtype} in layout {tensor.layout}"] += 1
+            return
+        if self._pass is None:
+            self._open_pass(layer.info.name, {f"*{i}": value for i, value in enumerate(args)})
+        else:
+            self._check_thread(layer.info.name)
+        self._put(layer, tensor.detach(), code, self._alias(tensor))
+
+    def _put(self, layer: _Layer, tensor: Tensor, code: int, alias_of: int | None) -> None:
+        width = 0
+        if self._sampling is not None and tensor.ndim:
+            width = tensor.shape[-1]
+            tensor = tensor.index_select(-1, self._features(width, tensor.device))
+        if tensor.device.type != "cpu":
+            tensor = tensor.cpu()
+        plain = tensor.resolve_conj().resolve_neg().contiguous()
+        index = self.last_pass
+        if layer.pass_index != index:
+            layer.pass_index, layer.calls = index, 0
+        if not layer.described:
+            self._stage.add_layer(layer.info)
+            layer.described = True
+        nbytes = 0 if alias_of is not None else plain.nbytes
+        self._stage.put(
+            self._seq,
+            layer.info.id,
+            plain.data_ptr(),
+            nbytes,
+            dtype=code,
+            shape=tuple(plain.shape),
+            pass_index=index,
+            call=layer.calls,
+            width=width,
+            alias_back=0 if alias_of is None else self._seq - alias_of,
+        )
+        self._seq += 1
+        layer.calls += 1
+        layer.fired += 1
+
+    def _alias(self, tensor: Tensor) -> int | None:
+        """Give the seq of the packet of this pass that holds this very tensor, unchanged.
+
+        It is known by being the same Python object, never by its address: the allocator uses
+        addresses again. The entry of an object that is gone can't match, since its weak
+        reference is dead.
+        """
+        version = None if tensor.is_inference() else tensor._version
+        known = self._seen.get(id(tensor))
+        if known is not None:
+            reference, then, seq = known
+            if reference() is tensor and then == version:
+                if version is not None or self._unchanged(tensor, seq):
+                    return seq
+        self._seen[id(tensor)] = (weakref.ref(tensor), version, self._seq)
+        return None
+
+    def _unchanged(self, tensor: Tensor, seq: int) -> bool:
+        """Compare a tensor that has no version with its staged copy, byte for byte."""
+        if self._sampling is not None or tensor.device.type != "cpu":
+            return False
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        return self._stage.same_bytes(seq, plain.data_ptr(), plain.nbytes)
+
+    def _features(self, width: int, device: torch.device) -> Tensor:
+        kept = self._kept.get(width)
+        if kept is None:
+            assert self._sampling is not None  # noqa: S101 - the caller asked
+            features = self._sampling.draw(width)
+            if width not in self._written_widths:
+                self._stage.add_features(features)
+                self._written_widths.add(width)
+            kept = torch.from_numpy(features.indices.astype(np.int64))
+            self._kept[width] = kept
+        return kept.to(device)
+
+    def _check_thread(self, name: str) -> None:
+        if threading.get_ident() != self._thread:
+            msg = (
+                f"layer {name!r} fired in a second thread while pass {self.last_pass} runs in "
+                "another; run one forward of the captured models at a time"
+            )
+            raise CaptureError(msg)
+
+
+def _number(targets: list[Target], known: Mapping[str, LayerInfo]) -> dict[str, _Layer]:
+    """Give each target its id: the log's where it knows the layer, else the next free one."""
+    following = max((info.id for info in known.values()), default=-1) + 1
+    layers = {}
+    for target in targets:
+        info = known.get(target.name)
+        described = info is not None
+        if info is None:
+            kind = type(target.module).__name__
+            info = LayerInfo(following, target.name, target.site, target.block, kind)
+            following += 1
+        layers[target.name] = _Layer(info, described)
+    return layers

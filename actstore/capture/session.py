@@ -1,0 +1,456 @@
+"""Owns one capture from beginning to end: the log is claimed, hooks, stage, pipeline and tracker
+are put together, and taken apart again in whatever way the ``with`` ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from torch import nn
+
+from actstore import codecs, files
+from actstore.capture.describe import check_same_run, describe
+from actstore.capture.hooks import Hooks, Sampling
+from actstore.capture.passes import Entries
+from actstore.capture.pipeline import Pipeline
+from actstore.capture.select import Target, entry_modules, select
+from actstore.capture.stage import Stage
+from actstore.capture.tokens import Checkpoints, _TokenBoundaryTracker
+from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
+from actstore.errors import ActstoreWarning, CaptureError, ConfigError
+from actstore.packet import TokenRecord
+from actstore.stream import recover
+from actstore.stream.reader import open_stream
+from actstore.stream.sidecars import (
+    Checkpoint,
+    checkpoint_name,
+    older_tokens_name,
+    tokens_name,
+)
+from actstore.stream.writer import CommitPoint, StreamWriter
+
+__all__ = ["Capture", "Instrumented", "Options"]
+
+_log = logging.getLogger("actstore")
+_NAMED: Final = 8
+_captured: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_captured_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Instrumented:
+    """A model that a framework was given.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The model.
+    hooks : HookConfig
+        What to hook.
+    tokenizer : object or None
+        With ``decode([id])``.
+    name : str
+        What its layers are called by where a capture has several models.
+    """
+
+    model: nn.Module
+    hooks: HookConfig
+    tokenizer: Any
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What ``capture_activations`` was given.
+
+    Raises
+    ------
+    ConfigError
+        A value is of the wrong kind, or checkpoints are asked for without tracking.
+    """
+
+    track_per_token: bool = False
+    checkpoint_interval_tokens: int | None = None
+    checkpoint_path: str | os.PathLike[str] | None = None
+    resume_from_checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        interval = self.checkpoint_interval_tokens
+        if interval is not None and (
+            isinstance(interval, bool) or not isinstance(interval, int) or interval <= 0
+        ):
+            msg = f"checkpoint_interval_tokens must be a positive int or None; got {interval!r}"
+            raise ConfigError(msg)
+        given = {
+            "checkpoint_interval_tokens": interval is not None,
+            "checkpoint_path": self.checkpoint_path is not None,
+            "resume_from_checkpoint": self.resume_from_checkpoint,
+        }
+        named = [name for name, is_given in given.items() if is_given]
+        if named and not self.track_per_token:
+            msg = f"{' and '.join(named)} can only be used with track_per_token=True; add it"
+            raise ConfigError(msg)
+
+
+class Capture:
+    """A capture of one or more models into one log: a context manager.
+
+    Parameters
+    ----------
+    models : sequence of Instrumented
+        What to capture.
+    config : InstrumentationConfig
+        How.
+    path : Path
+        The log.
+    options : Options
+        Tracking, checkpoints and resume.
+
+    Attributes
+    ----------
+    hooks : Hooks
+        The hooks, while the context is open.
+    summary : mapping
+        What the run did, when it has ended.
+    """
+
+    hooks: Hooks
+
+    def __init__(
+        self,
+        models: Sequence[Instrumented],
+        config: InstrumentationConfig,
+        path: Path,
+        options: Options,
+    ) -> None:
+        self.summary: Mapping[str, Any] = {}
+        self._models = models
+        self._config = config
+        self._path = path
+        self._options = options
+        self._tracker: _TokenBoundaryTracker | None = None
+
+    # -- entering -------------------------------------------------------------------------------
+
+    def __enter__(self) -> _TokenBoundaryTracker | None:
+        granularity = self._config.granularity
+        targets = _targets(self._models, granularity)
+        header = describe(self._models, self._config, self._options.track_per_token)
+        with ExitStack() as stack:
+            _claim_models(self._models, stack)
+            check_path(self._path)
+            if not self._options.resume_from_checkpoint:
+                _move_aside(self._path)
+            self._writer = stack.enter_context(StreamWriter(self._path))
+            run = self._begin(header)
+            self._stage = Stage(self._config.budget, run.point)
+            self._pipeline = Pipeline(
+                self._stage, self._writer, codecs.NAMES[self._config.compression_algorithm]
+            )
+            first = self._models[0]
+            sampled = granularity is HookGranularity.SAMPLED_SLICES
+            self.hooks = Hooks(
+                self._stage,
+                targets,
+                Entries(_entries(self._models)),
+                next_seq=run.point.next_seq,
+                next_pass=run.point.next_pass,
+                known=run.layers,
+                sampling=Sampling(first.hooks.sampling_rate, first.hooks.sampling_seed)
+                if sampled
+                else None,
+                known_widths=run.widths,
+                tokenizer=first.tokenizer,
+                flush_at_pass_end=not self._options.track_per_token,
+            )
+            self._track(run)
+            stack.enter_context(self.hooks)
+            self._pipeline.start()
+            self._began = time.monotonic()
+            self._open = stack.pop_all()
+        return self._tracker
+
+    def _begin(self, header: dict[str, Any]) -> _Run:
+        """Start the log, or resume it."""
+        options = self._options
+        checkpoint_path = (
+            Path(options.checkpoint_path)
+            if options.checkpoint_path is not None
+            else checkpoint_name(self._path)
+        )
+        found = None
+        if options.resume_from_checkpoint:
+            if checkpoint_path.exists():
+                found = Checkpoint.read(checkpoint_path)
+            if self._path.stat().st_size and _keep_unbegun(self._path):
+                return self._resume(header, found, checkpoint_path)
+        tokens = found.tokens if found else ()
+        if found:
+            warnings.warn(
+                f"{checkpoint_path} has {len(tokens)} tokens, but there is no log at "
+                f"{self._path}: their activations are lost; a new log begins after them",
+                ActstoreWarning,
+                stacklevel=6,
+            )
+        self._writer.start({"run_id": uuid.uuid4().hex, "created": _now(), **header})
+        point = CommitPoint(next_step=len(tokens))
+        lost = tuple(replace(token, pass_index=-1) for token in tokens)
+        checkpoints = Checkpoints(
+            checkpoint_path,
+            options.checkpoint_interval_tokens,
+            found.start_time if found else time.time(),
+            found.resume_count + 1 if found else 0,
+        )
+        return _Run(point, {}, set(), lost, checkpoints, rewrite=True)
+
+    def _resume(
+        self, header: dict[str, Any], found: Checkpoint | None, checkpoint_path: Path
+    ) -> _Run:
+        where = recover.resume_point(self._path)
+        with open_stream(self._path) as before:
+            check_same_run(before.header, header, self._path)
+        if where.loses:
+            kept = recover.keep_cut(self._path, where.offset)
+            _log.info("what %s held after its last whole step is kept in %s", self._path, kept)
+        self._writer.resume(where.sync, where.commits, where.offset)
+        with open_stream(self._path) as reader:
+            layers, widths, tokens = dict(reader.layers), set(reader.features), reader.tokens
+        if found and len(found.tokens) > len(tokens):
+            warnings.warn(
+                f"{checkpoint_path} has {len(found.tokens)} tokens, {self._path} {len(tokens)}: "
+                "the log is what counts; the run goes on after its last token",
+                ActstoreWarning,
+                stacklevel=7,
+            )
+        checkpoints = Checkpoints(
+            checkpoint_path,
+            self._options.checkpoint_interval_tokens,
+            found.start_time if found else (tokens[0].time if tokens else time.time()),
+            found.resume_count + 1 if found else 1,
+        )
+        return _Run(where.point, layers, widths, tokens, checkpoints, rewrite=False)
+
+    def _track(self, run: _Run) -> None:
+        if not self._options.track_per_token:
+            return
+        if run.rewrite:  # tokens of a lost log: kept in the new one, that it alone is enough
+            for record in run.tokens:
+                self._stage.add_token(record)
+        self._tracker = _TokenBoundaryTracker(
+            self._stage.add_token,
+            lambda: self.hooks.last_pass,
+            self._stage.flush,
+            run.checkpoints,
+            run.tokens,
+        )
+
+    # -- leaving --------------------------------------------------------------------------------
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._open:
+            try:
+                self.hooks.__exit__(kind, error, traceback)
+            finally:
+                self._stage.close()
+                self._pipeline.join()
+            if self._stage.failure is None:
+                self._finish(kind)
+        failure = self._stage.failure
+        if failure is not None:
+            self._surface(failure, error)
+        if self._tracker is not None and failure is None:
+            self._tracker.save(tokens_name(self._path))
+            self._tracker.close(clean=error is None)
+        if error is None:
+            self._warn()
+
+    def _finish(self, kind: type[BaseException] | None) -> None:
+        self.summary = self._summarise(kind)
+        try:
+            self._writer.finish(self.summary)
+        except OSError as error:
+            self._stage.fail(error)
+        _log.info("captured %s: %s", self._path, self.summary)
+
+    def _summarise(self, kind: type[BaseException] | None) -> dict[str, Any]:
+        seconds = time.monotonic() - self._began
+        stage, hooks = self._stage, self.hooks
+        sustained = stage.raw_bytes / 1e9 / max(seconds, 1e-9)
+        target = self._config.target_throughput_gbps
+        met = sustained >= target
+        return {
+            "packets": hooks.packets,
+            "passes": hooks.last_pass + 1 - hooks.first_pass,
+            "tokens": len(self._tracker.tokens) if self._tracker else 0,
+            "raw_bytes": stage.raw_bytes,
+            "encoded_bytes": self._pipeline.encoded_bytes,
+            "duration_seconds": seconds,
+            "sustained_gbps": sustained,
+            "target_throughput_gbps": target,
+            "target_met": met,
+            "limited_by": None if met else ("log" if stage.waited_seconds > 0 else "model"),
+            "waits": stage.waits,
+            "waited_seconds": stage.waited_seconds,
+            "staging_high_water_bytes": stage.high_water,
+            "ignored_recomputed": hooks.recomputed,
+            "skipped": dict(hooks.skipped),
+            "never_fired": hooks.never_fired(),
+            "ended_by": kind.__name__ if kind else None,
+        }
+
+    def _surface(self, failure: BaseException, error: BaseException | None) -> None:
+        msg = (
+            f"the capture into {self._path} failed: {failure}; what was committed until then is "
+            "in the log and can be read or resumed"
+        )
+        if error is None:
+            raise CaptureError(msg) from failure
+        if not isinstance(error, CaptureError):
+            error.add_note(msg)
+
+    def _warn(self) -> None:
+        summary, told = self.summary, []
+        if not summary["packets"]:
+            told.append("no layer fired: the log is empty; call the model inside the with")
+        elif summary["never_fired"]:
+            told.append(f"these layers never fired: {_some(summary['never_fired'])}")
+        if summary["skipped"]:
+            told.append(f"these outputs can't be kept: {_some(list(summary['skipped']))}")
+        if summary["limited_by"] == "log":
+            told.append(
+                f"{summary['sustained_gbps']:.3f} GB/s were reached, "
+                f"{summary['target_throughput_gbps']} wanted; the model waited "
+                f"{summary['waited_seconds']:.2f} s for the log"
+            )
+        for text in told:
+            warnings.warn(f"capture into {self._path}: {text}", ActstoreWarning, stacklevel=4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a capture begins with: nothing, or what a resumed log holds."""
+
+    point: CommitPoint
+    layers: Mapping[str, Any]
+    widths: set[int]
+    tokens: tuple[TokenRecord, ...]
+    checkpoints: Checkpoints
+    rewrite: bool
+
+
+def check_path(path: Path) -> None:
+    """Refuse an output path that can't become a log.
+
+    Raises
+    ------
+    ConfigError
+        Its folder is missing, it is a directory, or it holds something that is no log.
+    """
+    if not path.parent.is_dir():
+        msg = f"output_path {str(path)!r}: there is no folder {str(path.parent)!r}; create it"
+        raise ConfigError(msg)
+    if path.is_dir():
+        msg = f"output_path {str(path)!r} is a directory; give the name of a file in it"
+        raise ConfigError(msg)
+    if path.exists() and path.stat().st_size and not recover.is_log(path):
+        msg = (
+            f"output_path {str(path)!r} is a file that is no .stream log, and is not overwritten; "
+            "give another path, or move it away"
+        )
+        raise ConfigError(msg)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        msg = f"output_path {str(path)!r} can't be written; give another path, or permission"
+        raise ConfigError(msg)
+
+
+def _move_aside(path: Path) -> None:
+    """Move a log that is in the way, and its sidecars, to a free name."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with StreamWriter(path):  # holds its lock: no other capture is writing it
+        aside = files.free_name(path)
+        for name in (tokens_name, checkpoint_name, older_tokens_name):
+            if name(path).exists():
+                name(path).rename(name(aside))
+        files.replace(path, aside)
+    warnings.warn(
+        f"{path} held a log, which is never overwritten: it is now {aside}, its sidecars with it",
+        ActstoreWarning,
+        stacklevel=6,
+    )
+
+
+def _keep_unbegun(path: Path) -> bool:
+    """Whether a log can be resumed; one that never began is emptied, for nothing is in it."""
+    if recover.begun(path):
+        return True
+    os.truncate(path, 0)
+    return False
+
+
+def _claim_models(models: Sequence[Instrumented], stack: ExitStack) -> None:
+    """Refuse models that are being captured, and mark the others until the stack is unwound."""
+    modules = {module for one in models for module in one.model.modules()}
+    with _captured_lock:
+        taken = [type(module).__name__ for module in modules if module in _captured]
+        if taken:
+            msg = (
+                f"a capture of this model is already running (of {taken[0]} and {len(taken) - 1} "
+                "other modules); end it before the next begins"
+            )
+            raise CaptureError(msg)
+        _captured.update(modules)
+
+    def release() -> None:
+        with _captured_lock:
+            _captured.difference_update(modules)
+
+    stack.callback(release)
+
+
+def _targets(models: Sequence[Instrumented], granularity: HookGranularity) -> list[Target]:
+    several = len(models) > 1
+    targets = []
+    for one in models:
+        for target in select(one.model, granularity, one.hooks):
+            name, site = target.name, target.site
+            if several:
+                name, site = f"{one.name}.{name}".rstrip("."), f"{one.name}.{site}"
+            targets.append(replace(target, name=name, site=site))
+    return targets
+
+
+def _entries(models: Sequence[Instrumented]) -> dict[nn.Module, str]:
+    several = len(models) > 1
+    return {
+        module: f"{one.name}.{name}".rstrip(".") if several else name
+        for one in models
+        for module, name in entry_modules(one.model).items()
+    }
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_NAMED]))
+    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,155 @@
+"""Owns what a capture can be told: granularity, codec, budgets, and which layers; no torch here."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from actstore.errors import ConfigError
+
+__all__ = ["HookConfig", "HookGranularity", "InstrumentationConfig", "TargetLayers"]
+
+#: Exact names and globs, or a predicate of a module's name (or of its name and the module).
+TargetLayers = Sequence[str] | Callable[..., bool]
+
+_GIGABYTE = 10**9
+_CODECS = ("lz4", "zstd", "none")
+_LEAST_BUDGET = 1 << 20
+
+
+class HookGranularity(Enum):
+    """The level of detail to capture.
+
+    ``FULL_TENSOR`` takes the output of every module that returns a tensor; ``SAMPLED_SLICES`` a
+    random subset of its features; ``ATTENTION_ONLY`` and ``MLP_ONLY`` one module per block.
+    """
+
+    FULL_TENSOR = "full_tensor"
+    SAMPLED_SLICES = "sampled_slices"
+    ATTENTION_ONLY = "attention_only"
+    MLP_ONLY = "mlp_only"
+
+
+@dataclass(frozen=True, slots=True)
+class InstrumentationConfig:
+    """What a framework captures, and within which limits.
+
+    Parameters
+    ----------
+    granularity : HookGranularity
+        The level of detail.
+    compression_algorithm : {"lz4", "zstd", "none"}
+        The codec of the log: ``"lz4"`` is Blosc LZ4 with bit-shuffle, ``"zstd"`` the denser
+        plane-split zstd; both lossless.
+    target_throughput_gbps : float
+        The rate, in 10**9 bytes of activations a second, that the run is held against: its
+        summary says whether it was reached and what limited it.
+    max_memory_gb : float, optional
+        A hard budget, in 10**9 bytes, over all that is staged, sealed and encoded. By default a
+        quarter of the host's memory. Past it, the model waits; nothing is dropped.
+
+    Raises
+    ------
+    ConfigError
+        A value is of the wrong kind, unknown, not positive or not finite.
+    """
+
+    granularity: HookGranularity
+    compression_algorithm: str = "lz4"
+    target_throughput_gbps: float = 1.0
+    max_memory_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_granularity("granularity", self.granularity)
+        if self.compression_algorithm not in _CODECS:
+            wanted = ", ".join(map(repr, _CODECS))
+            msg = f"compression_algorithm must be one of {wanted}; got {self.compression_algorithm!r}"
+            raise ConfigError(msg)
+        _check_positive("target_throughput_gbps", self.target_throughput_gbps, "GB/s, such as 1.0")
+        if self.max_memory_gb is not None:
+            _check_positive("max_memory_gb", self.max_memory_gb, "GB, such as 4.0, or None")
+            if self.max_memory_gb * _GIGABYTE < _LEAST_BUDGET:
+                msg = (
+                    f"max_memory_gb={self.max_memory_gb!r} is under the least budget that works, "
+                    f"{_LEAST_BUDGET / _GIGABYTE:.6f} (1 MiB); give more"
+                )
+                raise ConfigError(msg)
+
+    @property
+    def budget(self) -> int:
+        """The memory budget in bytes."""
+        if self.max_memory_gb is not None:
+            return int(self.max_memory_gb * _GIGABYTE)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+@dataclass(frozen=True, slots=True)
+class HookConfig:
+    """The fine control of what is hooked.
+
+    Parameters
+    ----------
+    granularity : HookGranularity, optional
+        None means the framework's; one that differs from it is refused at ``instrument_model``.
+    sampling_rate : float
+        For ``SAMPLED_SLICES``: of a tensor of width d, ``ceil(sampling_rate * d)`` features are
+        kept; 0 < rate <= 1.
+    target_layers : sequence of str or callable, optional
+        Which of the modules of the granularity to hook: exact names and globs in the way of
+        `fnmatch` (``"model.layers.*.mlp"``; ``*`` also matches dots), or a predicate of the name,
+        or of the name and the module. None is all.
+    sampling_seed : int
+        The seed of the features that ``SAMPLED_SLICES`` draws, recorded in the log.
+
+    Raises
+    ------
+    ConfigError
+        A value is of the wrong kind or out of its range.
+    """
+
+    granularity: HookGranularity | None = None
+    sampling_rate: float = 0.1
+    target_layers: TargetLayers | None = None
+    sampling_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.granularity is not None:
+            _check_granularity("HookConfig.granularity", self.granularity)
+        _check_positive("sampling_rate", self.sampling_rate, "a share in (0, 1]")
+        if self.sampling_rate > 1:
+            msg = f"sampling_rate must be in (0, 1]; got {self.sampling_rate!r}"
+            raise ConfigError(msg)
+        if isinstance(self.sampling_seed, bool) or not isinstance(self.sampling_seed, int):
+            msg = f"sampling_seed must be an int; got {self.sampling_seed!r}"
+            raise ConfigError(msg)
+        _check_targets(self.target_layers)
+
+
+def _check_granularity(name: str, value: Any) -> None:
+    if not isinstance(value, HookGranularity):
+        wanted = ", ".join(f"HookGranularity.{entry.name}" for entry in HookGranularity)
+        msg = f"{name} must be one of {wanted}; got {value!r}"
+        raise ConfigError(msg)
+
+
+def _check_positive(name: str, value: Any, wanted: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        msg = f"{name} must be a positive, finite number ({wanted}); got {value!r}"
+        raise ConfigError(msg)
+
+
+def _check_targets(targets: Any) -> None:
+    if targets is None or callable(targets):
+        return
+    names = isinstance(targets, Sequence) and not isinstance(targets, str | bytes)
+    if not names or not targets or not all(isinstance(name, str) for name in targets):
+        msg = (
+            "target_layers must be None, a non-empty list of names and globs "
+            f"(such as ['model.layers.*.mlp']), or a callable; got {targets!r}"
+        )
+        raise ConfigError(msg)

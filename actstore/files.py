@@ -1,0 +1,95 @@
+"""Owns how files appear, lock and become durable; leaves what is in them to others."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["LockedError", "atomic_write", "free_name", "fsync_file", "fsync_folder", "lock", "replace"]
+
+
+class LockedError(OSError):
+    """Another process holds the lock."""
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the new, also after a power cut."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        raise
+    fsync_folder(path.parent)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename within a file system, durably."""
+    source.rename(target)
+    fsync_folder(target.parent)
+    if source.parent != target.parent:
+        fsync_folder(source.parent)
+
+
+def free_name(path: Path) -> Path:
+    """Give the first of ``stem.1.suffix``, ``stem.2.suffix``, … that does not exist."""
+    return next(name for name in _numbered(path) if not name.exists())
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Take the exclusive lock of an open file, or raise at once.
+
+    The lock belongs to the open file description and ends with it, however the process ends.
+
+    Raises
+    ------
+    LockedError
+        Another open file description holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockedError(errno.EWOULDBLOCK, "another writer holds it", str(path)) from None
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    number = 0
+    while True:
+        number += 1
+        yield path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def _umask() -> int:
+    """Give the process's umask; the system call can only be asked by setting it."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current

@@ -1,0 +1,289 @@
+"""Owns the documented facade: `InstrumentationFramework`, and nothing that it hands over.
+
+torch is imported when a model is instrumented, not before: analysing needs none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
+from actstore.errors import CaptureError, ConfigError
+from actstore.stream import summary
+from actstore.stream.reader import open_stream
+
+if TYPE_CHECKING:
+    import torch
+
+    from actstore.capture.session import Capture, Instrumented
+    from actstore.capture.tokens import _TokenBoundaryTracker
+
+__all__ = ["InstrumentationFramework", "analyze_activations_with_tokens"]
+
+
+class InstrumentationFramework:
+    """Capture the activations of PyTorch models, and analyse what was captured.
+
+    Parameters
+    ----------
+    config : InstrumentationConfig
+        What to capture, how it is encoded, and within which limits.
+
+    Attributes
+    ----------
+    config : InstrumentationConfig
+        As given.
+    summary : mapping
+        What the last capture did: packets, bytes, rates, waits, layers that never fired.
+
+    Raises
+    ------
+    ConfigError
+        ``config`` is no `InstrumentationConfig`.
+    """
+
+    def __init__(self, config: InstrumentationConfig) -> None:
+        if not isinstance(config, InstrumentationConfig):
+            msg = (
+                "InstrumentationFramework wants an InstrumentationConfig, such as "
+                f"InstrumentationConfig(HookGranularity.FULL_TENSOR); got {config!r}"
+            )
+            raise ConfigError(msg)
+        self.config = config
+        self.summary: Mapping[str, Any] = {}
+        self._models: dict[int, Instrumented] = {}
+        self._running: Capture | None = None
+
+    def instrument_model(
+        self,
+        model: torch.nn.Module,
+        hooks: HookConfig | None = None,
+        tokenizer: Any = None,
+        name: str | None = None,
+    ) -> None:
+        """Register a model for the captures that follow; it is not touched before one begins.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The model. Registering it again replaces what was said of it.
+        hooks : HookConfig, optional
+            The fine control of what is hooked.
+        tokenizer : object, optional
+            With ``decode([id])``: the log then holds the text of every token that is fed.
+        name : str, optional
+            What its layers are called by where several models are captured into one log.
+
+        Raises
+        ------
+        ConfigError
+            An argument is of the wrong kind, the granularities differ, or nothing in the model
+            is of the granularity.
+        CaptureError
+            A capture is running.
+        """
+        from torch import nn
+
+        from actstore.capture.select import select
+        from actstore.capture.session import Instrumented
+
+        if not isinstance(model, nn.Module):
+            msg = f"instrument_model wants a torch.nn.Module; got {type(model).__name__}"
+            raise ConfigError(msg)
+        if self._running is not None:
+            msg = "a capture is running; instrument the model before it begins"
+            raise CaptureError(msg)
+        hooks = hooks if hooks is not None else HookConfig()
+        if not isinstance(hooks, HookConfig):
+            msg = f"instrument_model wants hooks as a HookConfig; got {hooks!r}"
+            raise ConfigError(msg)
+        if hooks.granularity not in (None, self.config.granularity):
+            msg = (
+                f"HookConfig asks for {_name(hooks.granularity)}, the framework's config for "
+                f"{_name(self.config.granularity)}; leave HookConfig.granularity at None"
+            )
+            raise ConfigError(msg)
+        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+            msg = f"instrument_model wants a tokenizer with decode([id]); got {tokenizer!r}"
+            raise ConfigError(msg)
+        select(model, self.config.granularity, hooks)  # raises where there is nothing to hook
+        given = name if name is not None else f"model{len(self._models)}"
+        self._models[id(model)] = Instrumented(model, hooks, tokenizer, given)
+
+    @contextmanager
+    def capture_activations(  # noqa: PLR0913 - the documented signature
+        self,
+        output_path: str | os.PathLike[str],
+        track_per_token: bool = False,
+        checkpoint_interval_tokens: int | None = None,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+        resume_from_checkpoint: bool = False,
+    ) -> Iterator[_TokenBoundaryTracker | None]:
+        """Capture what the instrumented models compute inside the ``with``.
+
+        Parameters
+        ----------
+        output_path : str or path
+            The ``.stream`` log. A log that is there already is moved aside, never overwritten.
+        track_per_token : bool
+            Yield a tracker, and write ``{output_path}_tokens.json`` at the end.
+        checkpoint_interval_tokens : int, optional
+            Make everything durable, and write a checkpoint, every so many recorded tokens.
+        checkpoint_path : str or path, optional
+            The checkpoint; by default ``{output_path}.ckpt.json``.
+        resume_from_checkpoint : bool
+            Go on with the log at ``output_path`` after its last whole step.
+
+        Yields
+        ------
+        _TokenBoundaryTracker or None
+            With ``record_token(token_id, token_text, position=None)`` and ``tokens``.
+
+        Raises
+        ------
+        ConfigError
+            Options without tracking, an impossible path, or a resume of another run.
+        CaptureError
+            No model was instrumented, a capture of it is running, or this one fails.
+        """
+        if not self._models:
+            msg = "no model to capture: call instrument_model(model) first"
+            raise CaptureError(msg)
+        if self._running is not None:
+            msg = "a capture of this framework is running; end it before the next begins"
+            raise CaptureError(msg)
+        from actstore.capture.session import Capture, Options
+
+        path = _path(output_path)
+        options = Options(
+            track_per_token,
+            checkpoint_interval_tokens,
+            checkpoint_path,
+            resume_from_checkpoint,
+        )
+        capture = Capture(list(self._models.values()), self.config, path, options)
+        try:
+            with capture as tracker:
+                self._running = capture
+                yield tracker
+        finally:
+            self._running = None
+            self.summary = capture.summary
+
+    def annotate(self, **labels: Any) -> None:
+        """Label the batch items of the next pass: kept in the log, coordinates of its rows.
+
+        Parameters
+        ----------
+        **labels : sequence
+            For each label a value for every batch item: str, int, float or bool.
+
+        Raises
+        ------
+        CaptureError
+            No capture is running.
+        ConfigError
+            A label is no list of values.
+        """
+        if self._running is None:
+            msg = "annotate labels the next pass of a running capture; call it inside the with"
+            raise CaptureError(msg)
+        self._running.hooks.annotate({name: _labels(name, given) for name, given in labels.items()})
+
+    def analyze_activations(self, data_path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Count what a log or an archive holds, in all and by layer; no values are read.
+
+        Parameters
+        ----------
+        data_path : str or path
+            A ``.stream`` log or an archive.
+
+        Returns
+        -------
+        dict
+            ``stream_path``, ``compression``, ``packets``, ``total_compressed_bytes``,
+            ``per_layer`` {name: {``count``, ``bytes``, …}}, ``total_raw_bytes``,
+            ``compression_ratio``, ``dtypes``, ``passes``, ``tokens``, ``duration_seconds``,
+            ``sustained_gbps``, ``waited_seconds`` and more.
+
+        Raises
+        ------
+        MissingFileError
+            There is nothing at that path.
+        FormatError
+            It is neither a log nor an archive.
+        StreamCorruptError
+            It is a damaged log.
+        """
+        with open_stream(data_path) as reader:
+            reader.check()
+            return summary.summarise(reader)
+
+
+def analyze_activations_with_tokens(
+    stream_path: str | os.PathLike[str], framework: InstrumentationFramework
+) -> dict[str, Any]:
+    """Analyse a log together with the tokens that were recorded while it was captured.
+
+    Parameters
+    ----------
+    stream_path : str or path
+        The log.
+    framework : InstrumentationFramework
+        A framework.
+
+    Returns
+    -------
+    dict
+        What ``analyze_activations`` gives and, where tokens were recorded, ``token_metadata``
+        (the token table beside the log, rebuilt from the log where there is none),
+        ``packets_per_token`` and ``bytes_per_token`` (averages), and ``per_token``: for each
+        step its token, passes, packets, bytes and raw bytes.
+
+    Raises
+    ------
+    MissingFileError, FormatError, StreamCorruptError
+        As ``analyze_activations``.
+    """
+    from actstore.stream import sidecars
+
+    found = framework.analyze_activations(stream_path)
+    with open_stream(stream_path) as reader:
+        metadata = sidecars.token_metadata(reader)
+        if metadata is None:
+            return found
+        found["token_metadata"] = metadata
+        count = metadata["total_tokens"]
+        if count and found["packets"]:
+            found["packets_per_token"] = found["packets"] / count
+            found["bytes_per_token"] = found["total_compressed_bytes"] / count
+        found["per_token"] = summary.summarise_tokens(reader)
+    return found
+
+
+def _path(output_path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(output_path)
+    except TypeError:
+        msg = f"output_path must be a str or a path; got {output_path!r}"
+        raise ConfigError(msg) from None
+
+
+def _labels(name: str, given: Any) -> list[Any]:
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(values, list | tuple):
+        msg = f"annotate({name}=...) wants a list with a value for each batch item; got {given!r}"
+        raise ConfigError(msg)
+    wrong = [one for one in values if not isinstance(one, str | int | float | bool)]
+    if wrong:
+        msg = f"annotate({name}=...) wants values of str, int, float or bool; got {wrong[0]!r}"
+        raise ConfigError(msg)
+    return list(values)
+
+
+def _name(granularity: HookGranularity | None) -> str:
+    return granularity.name if granularity else "None"

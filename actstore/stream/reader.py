@@ -1,0 +1,403 @@
+"""Owns reading a log: its layers, passes and tokens, and the values of its packets.
+
+Leaves finding the records to ``scan.py``, the table of packets to ``table.py``, and what rows of
+a dataset the values are to ``actstore.archive.layout``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore import codecs, dtypes
+from actstore.errors import ConfigError, FormatError, StreamCorruptError
+from actstore.packet import LayerInfo, Packet, PassInfo, TokenRecord
+from actstore.stream import table
+from actstore.stream.records import Block, Entry, Features, Layer, Opcode, Pass, Text, Token
+from actstore.stream.scan import Damage, LogFile, Scan, scan
+from actstore.stream.table import BlockPlace, PacketTable
+
+__all__ = ["StreamReader", "open_stream"]
+
+#: Decoded bytes that a reader keeps: a group and the one being read.
+CACHE_BYTES: Final = 128 << 20
+
+
+def open_stream(path: str | Path, errors: str = "raise") -> StreamReader:
+    """Open a ``.stream`` log, whole or torn, closed or still growing.
+
+    Parameters
+    ----------
+    path : str or Path
+        The log.
+    errors : {"raise", "skip"}
+        What damage does: ``"raise"`` reads everything intact before it, then raises
+        `StreamCorruptError`; ``"skip"`` goes on behind it and lists it in ``.damage``.
+
+    Returns
+    -------
+    StreamReader
+        Open; a context manager that closes it.
+
+    Raises
+    ------
+    MissingFileError
+        There is no such file.
+    FormatError
+        It is no log.
+    UnsupportedVersionError
+        It is a log of another version of the format.
+    StreamCorruptError
+        Its HEADER is damaged.
+    """
+    return StreamReader(path, errors)
+
+
+class StreamReader:
+    """A log, open for reading. Safe to use from several threads.
+
+    Parameters
+    ----------
+    path : str or Path
+        The log.
+    errors : {"raise", "skip"}
+        As for `open_stream`.
+
+    Attributes
+    ----------
+    path : Path
+        The log.
+    header : mapping
+        The HEADER: run id, writer, models, capture settings, codecs (``schemas/stream.md``).
+    layers : mapping of str to LayerInfo
+        The layers that fired, by name.
+    features : mapping of int to numpy.ndarray
+        Width -> the feature indices that a sampled capture kept.
+    token_texts : mapping of int to str
+        Token id -> text, of the ids that were fed while a tokenizer was known.
+    table : PacketTable
+        Every packet, as columns.
+    complete : bool
+        The log was closed cleanly and nothing was found damaged.
+    damage : list of Damage
+        The damaged regions found so far.
+    summary : mapping
+        The run's own summary; empty where the log was not closed.
+    """
+
+    def __init__(self, path: str | Path, errors: str = "raise") -> None:
+        if errors not in ("raise", "skip"):
+            msg = f"errors must be 'raise' or 'skip'; got {errors!r}"
+            raise ConfigError(msg)
+        self.path = Path(path)
+        self._skip = errors == "skip"
+        self._file = LogFile(self.path)
+        try:
+            self._load(scan(self._file))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "not complete"
+        return (
+            f"<StreamReader {self.path}: {self.packet_count} packets of {len(self.layers)} "
+            f"layers in {len(self._passes)} passes, {len(self.tokens)} tokens, {state}>"
+        )
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+        self._cache.clear()
+
+    # -- what the log says ----------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Whether the log was closed cleanly and nothing was found damaged."""
+        return self._scan.complete and not self.damage
+
+    @property
+    def packet_count(self) -> int:
+        """Number of packets, aliases included."""
+        return int(self.table.whole().sum())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file, framing included."""
+        return self._file.size
+
+    @property
+    def scan(self) -> Scan:
+        """The records that the log was found to hold."""
+        return self._scan
+
+    @cached_property
+    def passes(self) -> tuple[PassInfo, ...]:
+        """The passes, in order."""
+        return tuple(self._pass_info(index) for index in sorted(self._passes))
+
+    def check(self) -> None:
+        """Raise the damage that was found on opening, unless it is to be skipped."""
+        if self._fault is not None and not self._skip:
+            raise self._fault
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def packets(self, layer: str | None = None) -> Iterator[Packet]:
+        """Yield packets in the order of capture.
+
+        Parameters
+        ----------
+        layer : str, optional
+            Only this layer's.
+
+        Raises
+        ------
+        ConfigError
+            No layer of that name fired.
+        StreamCorruptError
+            The log is damaged, after everything intact before the damage.
+        """
+        rows = np.flatnonzero(self.table.whole())
+        if layer is not None:
+            rows = rows[self.table.layer[rows] == self.layer(layer).id]
+        names = {info.id: name for name, info in self.layers.items()}
+        for row in rows.tolist():
+            try:
+                values = self.values(row)
+            except StreamCorruptError as error:
+                if not self._skip:
+                    raise
+                self._note(error)
+                continue
+            yield Packet(
+                names[int(self.table.layer[row])],
+                int(self.table.pass_index[row]),
+                values,
+                int(self.table.seq[row]),
+                int(self.table.call[row]),
+            )
+        self.check()
+
+    def layer(self, name: str) -> LayerInfo:
+        """Give a layer by name.
+
+        Raises
+        ------
+        ConfigError
+            No layer of that name fired.
+        """
+        try:
+            return self.layers[name]
+        except KeyError:
+            near = ", ".join(map(repr, list(self.layers)[:8]))
+            msg = f"{self.path} has no layer {name!r}; it has {len(self.layers)}: {near}, …"
+            raise ConfigError(msg) from None
+
+    def values(self, row: int) -> NDArray[Any]:
+        """Give the tensor of a packet.
+
+        Parameters
+        ----------
+        row : int
+            The packet's (first) row in ``table``.
+
+        Returns
+        -------
+        numpy.ndarray
+            Of the packet's shape, in the model's dtype; memory of its own.
+        """
+        rows = self.table
+        kind = dtypes.from_code(int(rows.dtype[row])).numpy
+        shape = rows.shapes[int(rows.shape[row])]
+        if rows.alias_of[row] >= 0:
+            row = self._alias_target(row)
+        data = self._bytes(row)
+        return data.view(kind).reshape(shape)
+
+    def raw(self, row: int) -> NDArray[np.uint8]:
+        """Give the bytes of a packet, or of one part of it, as a read-only view of its block."""
+        rows = self.table
+        if rows.alias_of[row] >= 0:
+            row = self._alias_target(row)
+        start = int(rows.offset[row])
+        block = self._block(int(rows.block[row]))
+        return block[start : start + int(rows.nbytes[row])]
+
+    def _bytes(self, row: int) -> NDArray[np.uint8]:
+        parts = [self.raw(row + part) for part in range(int(self.table.parts[row]))]
+        return np.concatenate(parts)
+
+    def _alias_target(self, row: int) -> int:
+        rows = self.table
+        target = rows.row_of(int(rows.alias_of[row]))
+        same = target >= 0 and all(
+            column[row] == column[target] for column in (rows.dtype, rows.shape, rows.pass_index)
+        )
+        if not same or rows.alias_of[target] >= 0:
+            place = rows.blocks[int(rows.block[row])].entry.offset
+            reason = f"packet {rows.seq[row]} is an alias of {rows.alias_of[row]}, not found intact"
+            raise self._file.corrupt(place, reason)
+        return target
+
+    def _block(self, index: int) -> NDArray[np.uint8]:
+        with self._lock:
+            found = self._cache.get(index)
+            if found is not None:
+                self._cache.move_to_end(index)
+                return found
+        place = self.table.blocks[index]
+        payload = self._file.payload(place.entry)
+        try:
+            codec = self._codecs[place.block.codec]
+            decoded = codecs.decode(codec, payload, place.block.raw_length)
+        except (FormatError, KeyError) as error:
+            raise self._file.corrupt(place.entry.offset, str(error)) from error
+        decoded.flags.writeable = False
+        with self._lock:
+            if index not in self._cache:
+                self._cache[index] = decoded
+                self._cached += decoded.nbytes
+            while self._cached > CACHE_BYTES and len(self._cache) > 1:
+                self._cached -= self._cache.popitem(last=False)[1].nbytes
+        return decoded
+
+    # -- loading --------------------------------------------------------------------------------
+
+    def _load(self, found: Scan) -> None:
+        self._scan = found
+        self.header: Mapping[str, Any] = MappingProxyType(dict(found.header))
+        self.summary: Mapping[str, Any] = MappingProxyType(dict(found.summary))
+        self.damage: list[Damage] = list(found.damage)
+        self._fault: StreamCorruptError | None = None
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._cached = 0
+        self._codecs = _codec_table(found.header)
+        self._passes: dict[int, list[Entry]] = {}
+        layers: dict[int, LayerInfo] = {}
+        tokens: list[TokenRecord] = []
+        texts: dict[int, str] = {}
+        features: dict[int, NDArray[np.uint32]] = {}
+        blocks: list[BlockPlace] = []
+        for region in found.damage:
+            self._fault = self._fault or self._file.corrupt(region.offset, region.reason)
+        for number, entry in self._believed():
+            try:
+                match entry.opcode:
+                    case Opcode.LAYER:
+                        info = Layer.decode(entry.header).info
+                        layers[info.id] = info
+                    case Opcode.FEATURES:
+                        kept = Features.decode(entry.header, self._file.payload(entry))
+                        features[kept.width] = kept.indices
+                    case Opcode.PASS:
+                        self._passes.setdefault(Pass.peek(entry.header), []).append(entry)
+                    case Opcode.TEXT:
+                        texts.update(Text.decode(entry.header).texts)
+                    case Opcode.TOKEN:
+                        tokens.append(Token.decode(entry.header).record)
+                    case Opcode.BLOCK:
+                        block = Block.decode(entry.header)
+                        self._check_block(block, layers)
+                        blocks.append(BlockPlace(entry, block, number))
+            except FormatError as error:
+                self._note(self._file.corrupt(entry.offset, str(error)), entry)
+                if not self._skip:
+                    break
+        self.layers: Mapping[str, LayerInfo] = MappingProxyType(
+            {info.name: info for info in layers.values()}
+        )
+        self.features: Mapping[int, NDArray[np.uint32]] = MappingProxyType(features)
+        self.tokens = tuple(tokens)
+        self.token_texts: Mapping[int, str] = MappingProxyType(texts)
+        self.table: PacketTable = table.build(blocks)
+        self._drop_partial()
+
+    def _believed(self) -> Iterator[tuple[int, Entry]]:
+        """Yield the committed records; where damage raises, only those before it."""
+        first = self.damage[0].offset if self.damage and not self._skip else self._file.size
+        for number, group in enumerate(self._scan.groups):
+            for entry in group.entries:
+                if entry.offset >= first:
+                    return
+                yield number, entry
+
+    def _check_block(self, block: Block, layers: Mapping[int, LayerInfo]) -> None:
+        if block.layer not in layers or block.codec not in self._codecs:
+            msg = f"BLOCK names layer {block.layer} and codec {block.codec}; one is not declared"
+            raise FormatError(msg)
+
+    def _drop_partial(self) -> None:
+        """Leave out packets whose last parts were not committed, or are lost."""
+        rows = self.table
+        if not np.any(rows.parts > 1):
+            return
+        _, inverse, counts = np.unique(rows.seq, return_inverse=True, return_counts=True)
+        whole = counts[inverse] == rows.parts
+        self.table = rows.select(whole)
+
+    def _pass_info(self, index: int) -> PassInfo:
+        """Put a pass together from its records."""
+        info, closed, aborted = PassInfo(index), False, False
+        for entry in self._passes[index]:
+            try:
+                found = Pass.decode(entry.header, self._file.payload(entry))
+            except FormatError as error:
+                fault = self._file.corrupt(entry.offset, str(error))
+                if not self._skip:
+                    raise fault from error
+                self._note(fault, entry)
+                continue
+            info = info if found.status_only else found.info
+            closed, aborted = closed or found.closed, aborted or found.info.aborted
+        return PassInfo(
+            index,
+            info.axes,
+            MappingProxyType(dict(info.annotations)),
+            aborted or not closed,
+            info.entry,
+            info.logits_to_keep,
+        )
+
+    def _note(self, error: StreamCorruptError, entry: Entry | None = None) -> None:
+        length = entry.end - entry.offset if entry else 0
+        if all(known.offset != error.offset for known in self.damage):
+            self.damage.append(Damage(error.offset, length, str(error)))
+        self._fault = self._fault or error
+
+
+def _codec_table(header: Mapping[str, Any]) -> dict[int, Mapping[str, Any] | None]:
+    declared = header.get("codecs")
+    if not isinstance(declared, dict):
+        msg = f"the HEADER declares no codecs; found {declared!r:.100}"
+        raise FormatError(msg)
+    table: dict[int, Mapping[str, Any] | None] = {}
+    for key, config in declared.items():
+        usable = config is None or isinstance(config, dict)
+        if not key.isdecimal() or not usable:
+            msg = f"the HEADER declares codec {key!r} as {config!r:.100}"
+            raise FormatError(msg)
+        codecs.check_config(config)
+        table[int(key)] = config
+    return table

@@ -1,0 +1,299 @@
+"""Owns finding the records of a log that are to be believed: by its INDEX, or by walking it.
+
+What the records mean together is ``table.py``'s and ``reader.py``'s business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from actstore.errors import (
+    FormatError,
+    MissingFileError,
+    StreamCorruptError,
+    UnsupportedVersionError,
+)
+from actstore.stream import records
+from actstore.stream.records import MAGIC, Commit, Entry, Frame, Header, Index, Opcode
+
+__all__ = ["Damage", "Group", "LogFile", "Scan", "scan"]
+
+_SIGHT: Final = 4096  # bytes read at a record's place: its frame and, mostly, its header
+_STRIDE: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A region of a log that doesn't pass its checks.
+
+    Attributes
+    ----------
+    offset, length : int
+        The bytes of the file.
+    reason : str
+        What was wanted and what was found.
+    """
+
+    offset: int
+    length: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The records of a group, and the COMMIT that makes them believed."""
+
+    offset: int
+    end: int
+    commit: Commit
+    entries: tuple[Entry, ...]
+
+
+@dataclass(slots=True)
+class Scan:
+    """What a log holds, by its frames.
+
+    Attributes
+    ----------
+    header : mapping
+        The HEADER.
+    sync : bytes
+        The file's sync marker.
+    groups : list of Group
+        Those that were committed, in order.
+    complete : bool
+        The log was closed cleanly and nothing is damaged.
+    damage : list of Damage
+        Regions between intact records that are not intact.
+    summary : mapping
+        The INDEX's summary; empty in a log that was not closed.
+    """
+
+    header: Mapping[str, Any]
+    sync: bytes
+    groups: list[Group] = field(default_factory=list)
+    complete: bool = False
+    damage: list[Damage] = field(default_factory=list)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+class LogFile:
+    """An open log, read by offset; every length is checked against the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            msg = f"no log at {path}: give the path of a .stream file"
+            raise MissingFileError(msg) from error
+        except IsADirectoryError as error:
+            raise _no_log(path, "a directory") from error
+        self.size = os.fstat(self._descriptor).st_size
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read exactly ``length`` bytes.
+
+        Raises
+        ------
+        FormatError
+            The file ends before.
+        """
+        if offset < 0 or offset + length > self.size:
+            msg = f"{length} bytes are wanted at offset {offset}; the file has {self.size}"
+            raise FormatError(msg)
+        parts = []
+        while length:
+            part = os.pread(self._descriptor, min(length, 1 << 30), offset)
+            if not part:
+                msg = f"the file was cut at offset {offset} while it was read"
+                raise FormatError(msg)
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def entry(self, offset: int, sync: bytes | None) -> tuple[Entry, bytes]:
+        """Read and check a record's frame and header; give them, and its sync marker."""
+        sight = self.read(offset, min(_SIGHT, self.size - offset))
+        head = Frame.decode(sight)
+        if sync is not None and head.sync != sync:
+            msg = f"no record begins at offset {offset}"
+            raise FormatError(msg)
+        if offset + head.length > self.size:
+            msg = f"a record of {head.length} bytes at offset {offset} exceeds the file"
+            raise FormatError(msg)
+        header = sight[Frame.SIZE : Frame.SIZE + head.header_length]
+        if len(header) < head.header_length:
+            header = self.read(offset + Frame.SIZE, head.header_length)
+        head.check(header)
+        return Entry(offset, head.opcode, header, head.payload_length, head.payload_crc), head.sync
+
+    def payload(self, entry: Entry) -> bytes:
+        """Read and check a record's payload.
+
+        Raises
+        ------
+        StreamCorruptError
+            It is cut or doesn't match its checksum.
+        """
+        try:
+            payload = self.read(entry.payload_offset, entry.payload_length)
+        except FormatError as error:
+            raise self.corrupt(entry.offset, str(error)) from error
+        found = records.crc32c(payload)
+        if found != entry.payload_crc:
+            reason = f"payload CRC-32C is {found:#010x}, wanted {entry.payload_crc:#010x}"
+            raise self.corrupt(entry.offset, reason)
+        return payload
+
+    def corrupt(self, offset: int, reason: str) -> StreamCorruptError:
+        """Make the error of damage at an offset of this file."""
+        msg = (
+            f"{self.path} is damaged at byte {offset}: {reason}; open it with errors='skip' to "
+            "read what is intact, or make a whole log of that with actstore.recover"
+        )
+        return StreamCorruptError(msg, path=str(self.path), offset=offset)
+
+
+def scan(file: LogFile) -> Scan:
+    """Find what a log holds: by its INDEX where it was closed, else by walking its frames.
+
+    Raises
+    ------
+    FormatError
+        The file is no log.
+    UnsupportedVersionError
+        It is one of another version.
+    StreamCorruptError
+        Its HEADER is damaged.
+    """
+    _check_magic(file)
+    try:
+        first, sync = file.entry(len(MAGIC), None)
+        if first.opcode != Opcode.HEADER:
+            raise file.corrupt(first.offset, f"opcode {first.opcode}, wanted a HEADER")
+        found = Scan(Header.decode(first.header).attributes, sync)
+    except StreamCorruptError:
+        raise
+    except FormatError as error:
+        raise file.corrupt(len(MAGIC), f"the HEADER can't be read: {error}") from error
+    if not _by_index(file, found):
+        _by_walking(file, found, first.end)
+    return found
+
+
+def _check_magic(file: LogFile) -> None:
+    start = file.read(0, min(len(MAGIC), file.size))
+    if start == MAGIC:
+        return
+    if len(start) == len(MAGIC) and start[:-1] == MAGIC[:-1]:
+        msg = (
+            f"{file.path} is a log of format version {start[-1]}; this actstore reads version "
+            f"{records.VERSION}: install the version that wrote it"
+        )
+        raise UnsupportedVersionError(msg)
+    raise _no_log(file.path, f"a file that begins with {start!r}")
+
+
+def _no_log(path: Path, found: str) -> FormatError:
+    msg = f"{path} is no .stream log: wanted a file that begins with {MAGIC!r}, found {found}"
+    return FormatError(msg)
+
+
+def _by_index(file: LogFile, found: Scan) -> bool:
+    """Fill a scan from the INDEX; give False, and leave it empty, where that can't be done."""
+    try:
+        index = _read_index(file, found.sync)
+        groups = [_read_group(file, found.sync, offset) for offset in index.commits]
+    except FormatError:
+        return False
+    found.groups, found.summary, found.complete = groups, index.summary, True
+    return True
+
+
+def _read_index(file: LogFile, sync: bytes) -> Index:
+    tail = file.size - records.TAIL_SIZE
+    end, _ = file.entry(tail, sync)
+    if end.opcode != Opcode.END or file.read(file.size - len(MAGIC), len(MAGIC)) != MAGIC:
+        msg = "the log was not closed"
+        raise FormatError(msg)
+    entry, _ = file.entry(records.decode_end(end.header), sync)
+    if entry.opcode != Opcode.INDEX or entry.end != tail:
+        msg = f"END points at opcode {entry.opcode}, wanted the INDEX"
+        raise FormatError(msg)
+    return Index.decode(entry.header, file.payload(entry))
+
+
+def _read_group(file: LogFile, sync: bytes, offset: int) -> Group:
+    entry, _ = file.entry(offset, sync)
+    if entry.opcode != Opcode.COMMIT:
+        msg = f"the INDEX points at opcode {entry.opcode}, wanted a COMMIT"
+        raise FormatError(msg)
+    commit = Commit.decode(entry.header)
+    entries = tuple(records.decode_entries(file.payload(entry)))
+    if any(not commit.start <= one.offset < one.end <= offset for one in entries):
+        msg = f"the directory at offset {offset} points outside of its group"
+        raise FormatError(msg)
+    return Group(offset, entry.end, commit, entries)
+
+
+def _by_walking(file: LogFile, found: Scan, offset: int) -> None:
+    pending: list[Entry] = []
+    for entry in _walk(file, found, offset):
+        if entry.opcode == Opcode.COMMIT:
+            try:
+                commit = Commit.decode(entry.header)
+            except FormatError as error:
+                found.damage.append(Damage(entry.offset, entry.end - entry.offset, str(error)))
+                continue
+            found.groups.append(Group(entry.offset, entry.end, commit, tuple(pending)))
+            pending = []
+        elif entry.opcode == Opcode.END:
+            closing = file.size - entry.end == len(MAGIC)
+            whole = closing and file.read(entry.end, len(MAGIC)) == MAGIC
+            found.complete = whole and not found.damage
+        elif entry.opcode not in (Opcode.PAD, Opcode.INDEX):
+            pending.append(entry)
+
+
+def _walk(file: LogFile, found: Scan, offset: int) -> Iterator[Entry]:
+    """Yield the intact records from an offset on; what lies between them is damage."""
+    while offset < file.size:
+        try:
+            entry, _ = file.entry(offset, found.sync)
+        except FormatError as error:
+            following = _resynchronise(file, found.sync, offset + 1)
+            if following is None:  # a torn tail, or the magic after END
+                return
+            found.damage.append(Damage(offset, following.offset - offset, str(error)))
+            entry = following
+        yield entry
+        offset = entry.end
+
+
+def _resynchronise(file: LogFile, sync: bytes, offset: int) -> Entry | None:
+    """Find the next place where the sync marker begins a frame that passes its checksum."""
+    while offset < file.size:
+        length = min(_STRIDE, file.size - offset)
+        stretch = file.read(offset, length)
+        place = stretch.find(sync)
+        if place < 0:
+            offset += max(length - len(sync) + 1, 1)
+            continue
+        offset += place
+        try:
+            return file.entry(offset, sync)[0]
+        except FormatError:
+            offset += 1
+    return None

@@ -1,0 +1,165 @@
+"""Owns the JSON files beside a log: the token table and the checkpoint, their names and reading.
+
+Both are conveniences: the log alone is enough to rebuild them. They are written, atomically, by
+``actstore.capture.tokens``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from actstore.errors import FormatError
+from actstore.packet import TokenRecord
+from actstore.stream.reader import StreamReader
+
+__all__ = [
+    "CHECKPOINT_VERSION",
+    "Checkpoint",
+    "checkpoint_name",
+    "older_tokens_name",
+    "read_tokens",
+    "token_dict",
+    "token_metadata",
+    "tokens_name",
+]
+
+CHECKPOINT_VERSION: Final = 1
+_JSON_LIMIT: Final = 1 << 30
+
+
+def tokens_name(path: Path) -> Path:
+    """Give the name of a log's token table: ``{output_path}_tokens.json``."""
+    return path.with_name(f"{path.name}_tokens.json")
+
+
+def checkpoint_name(path: Path) -> Path:
+    """Give the default name of a log's checkpoint: ``{output_path}.ckpt.json``."""
+    return path.with_name(f"{path.name}.ckpt.json")
+
+
+def older_tokens_name(path: Path) -> Path:
+    """Give the name that older tools used: ``gen_tokens.json`` beside ``gen.stream``."""
+    return path.with_name(f"{path.name.removesuffix('.stream')}_tokens.json")
+
+
+def token_metadata(reader: StreamReader) -> dict[str, Any] | None:
+    """Give a log's token table: the one beside it, else rebuilt; None where there are no tokens."""
+    for name in (tokens_name(reader.path), older_tokens_name(reader.path)):
+        if name.exists():
+            return read_tokens(name)
+    if not reader.tokens:
+        return None
+    return {
+        "total_tokens": len(reader.tokens),
+        "tokens": [token_dict(record) for record in reader.tokens],
+        "capture_duration_seconds": reader.summary.get("duration_seconds"),
+    }
+
+
+def read_tokens(path: Path) -> dict[str, Any]:
+    """Read a token table.
+
+    Raises
+    ------
+    FormatError
+        It holds no ``tokens`` and ``total_tokens``.
+    """
+    found = _read(path)
+    if not isinstance(found.get("tokens"), list) or not isinstance(found.get("total_tokens"), int):
+        msg = f"{path} is no token table: wanted an object with 'total_tokens' and 'tokens'"
+        raise FormatError(msg)
+    return found
+
+
+def token_dict(record: TokenRecord) -> dict[str, Any]:
+    """Give a recorded token as the JSON files have it."""
+    index = record.step if record.position is None else record.position
+    return {
+        "token_index": index,
+        "token_id": record.token_id,
+        "token_text": record.token_text,
+        "step": record.step,
+        "position": record.position,
+        "pass_index": record.pass_index,
+        "time": record.time,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint file says.
+
+    Attributes
+    ----------
+    tokens : tuple of TokenRecord
+        The tokens recorded until then.
+    start_time : float
+        When the run first began, in seconds since the epoch.
+    resume_count : int
+        How often it was resumed.
+    """
+
+    tokens: tuple[TokenRecord, ...]
+    start_time: float
+    resume_count: int
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """Read a checkpoint file.
+
+        Raises
+        ------
+        FormatError
+            It is none, or of another version.
+        """
+        found = _read(path)
+        if found.get("version") != CHECKPOINT_VERSION:
+            msg = (
+                f"{path} is no checkpoint of version {CHECKPOINT_VERSION}: it says version "
+                f"{found.get('version')!r}; move it away to start without it"
+            )
+            raise FormatError(msg)
+        try:
+            tokens = tuple(_record(step, one) for step, one in enumerate(found["tokens"]))
+            metadata = found.get("metadata", {})
+            return cls(
+                tokens,
+                float(metadata.get("start_time", time.time())),
+                int(metadata.get("resume_count", 0)),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            msg = f"{path} is no whole checkpoint ({error!r}); move it away to start without it"
+            raise FormatError(msg) from error
+
+
+def _record(step: int, found: dict[str, Any]) -> TokenRecord:
+    position = found.get("position")
+    if position is None and found["token_index"] != step:
+        position = found["token_index"]
+    return TokenRecord(
+        step,
+        int(found["token_id"]),
+        str(found["token_text"]),
+        None if position is None else int(position),
+        int(found.get("pass_index", -1)),
+        float(found.get("time", 0.0)),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _JSON_LIMIT:
+        msg = f"{path} has {path.stat().st_size} bytes; no JSON of over {_JSON_LIMIT} is read"
+        raise FormatError(msg)
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        msg = f"{path} holds no JSON: {error}"
+        raise FormatError(msg) from error
+    if not isinstance(found, dict):
+        msg = f"{path} holds a JSON {type(found).__name__}; wanted an object"
+        raise FormatError(msg)
+    return found

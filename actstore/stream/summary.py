@@ -1,0 +1,121 @@
+"""Owns what a log amounts to: counts and bytes by layer and by generated token, from its tables.
+
+No payload is read. Statistics of the values are ``actstore.analysis``'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore import dtypes
+from actstore.packet import LayerInfo
+from actstore.stream.reader import StreamReader
+
+__all__ = ["summarise", "summarise_tokens"]
+
+_SHAPES = 16
+
+
+def summarise(reader: StreamReader) -> dict[str, Any]:
+    """Count packets and bytes of a log, in all and by layer.
+
+    Parameters
+    ----------
+    reader : StreamReader
+        The log.
+
+    Returns
+    -------
+    dict
+        ``stream_path``, ``compression``, ``packets``, ``total_compressed_bytes`` (encoded
+        payload, without framing), ``per_layer`` {name: {``count``, ``bytes``, ``raw_bytes``,
+        ``aliases``, ``dtypes``, ``shapes``, ``site``, ``block``}}, ``total_raw_bytes``,
+        ``compression_ratio``, ``file_bytes``, ``dtypes``, ``passes``, ``tokens``,
+        ``duration_seconds``, ``sustained_gbps``, ``waited_seconds`` (None where the log was not
+        closed), ``complete``, and ``summary``, the run's own.
+    """
+    rows = reader.table
+    whole = rows.whole()
+    encoded, raw = int(rows.encoded.sum()), int(rows.nbytes.sum())
+    per_layer = {name: _layer(reader, info) for name, info in reader.layers.items()}
+    return {
+        "stream_path": str(reader.path),
+        "compression": reader.header.get("capture", {}).get("compression"),
+        "packets": int(whole.sum()),
+        "total_compressed_bytes": encoded,
+        "per_layer": {name: found for name, found in per_layer.items() if found["count"]},
+        "total_raw_bytes": raw,
+        "compression_ratio": raw / encoded if encoded else 1.0,
+        "file_bytes": reader.file_bytes,
+        "dtypes": _dtypes(rows.dtype[whole]),
+        "passes": len(reader.passes),
+        "tokens": len(reader.tokens),
+        "duration_seconds": reader.summary.get("duration_seconds"),
+        "sustained_gbps": reader.summary.get("sustained_gbps"),
+        "waited_seconds": reader.summary.get("waited_seconds"),
+        "complete": reader.complete,
+        "summary": dict(reader.summary),
+    }
+
+
+def summarise_tokens(reader: StreamReader) -> list[dict[str, Any]]:
+    """Count packets and bytes of each generated token, from true boundaries.
+
+    A token has the passes since the one before it.
+
+    Parameters
+    ----------
+    reader : StreamReader
+        The log.
+
+    Returns
+    -------
+    list of dict
+        For each step: ``step``, ``token_index``, ``token_id``, ``token_text``, ``passes`` (their
+        indices), ``packets``, ``bytes`` (encoded) and ``raw_bytes``.
+    """
+    rows = reader.table
+    whole = rows.whole()
+    known = np.array([one.index for one in reader.passes], np.int64)
+    found, before = [], -1
+    for record in reader.tokens:
+        inside = (rows.pass_index > before) & (rows.pass_index <= record.pass_index)
+        passes = known[(known > before) & (known <= record.pass_index)]
+        found.append(
+            {
+                "step": record.step,
+                "token_index": record.step if record.position is None else record.position,
+                "token_id": record.token_id,
+                "token_text": record.token_text,
+                "passes": passes.tolist(),
+                "packets": int((inside & whole).sum()),
+                "bytes": int(rows.encoded[inside].sum()),
+                "raw_bytes": int(rows.nbytes[inside].sum()),
+            }
+        )
+        before = max(before, record.pass_index)
+    return found
+
+
+def _layer(reader: StreamReader, info: LayerInfo) -> dict[str, Any]:
+    rows = reader.table
+    mine = rows.layer == info.id
+    whole = mine & rows.whole()
+    shapes = [list(rows.shapes[index]) for index in np.unique(rows.shape[whole])[:_SHAPES]]
+    return {
+        "count": int(whole.sum()),
+        "bytes": int(rows.encoded[mine].sum()),
+        "raw_bytes": int(rows.nbytes[mine].sum()),
+        "aliases": int((rows.alias_of[whole] >= 0).sum()),
+        "dtypes": _dtypes(rows.dtype[whole]),
+        "shapes": shapes,
+        "site": info.site,
+        "block": info.block,
+    }
+
+
+def _dtypes(codes: NDArray[np.int64]) -> list[str]:
+    return [dtypes.from_code(int(code)).name for code in np.unique(codes)]

@@ -1,0 +1,187 @@
+"""Owns a growing log: its lock, its offsets, its durability. One thread calls it, in order.
+
+What a group holds, and when it is due, is decided by ``actstore.capture``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from actstore import files
+from actstore.errors import ConfigError
+from actstore.stream import records
+from actstore.stream.records import Commit, Header, Index, Opcode, Record
+
+__all__ = ["CommitPoint", "StreamWriter"]
+
+SYNC_SECONDS: Final = 30.0
+SYNC_BYTES: Final = 1 << 30
+_IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
+
+
+@dataclass(frozen=True, slots=True)
+class CommitPoint:
+    """Where a run stands when a group is closed.
+
+    Attributes
+    ----------
+    next_seq, next_pass, next_step : int
+        The numbers that follow all that were given.
+    step_boundary : bool
+        No pass began since the last recorded token.
+    """
+
+    next_seq: int = 0
+    next_pass: int = 0
+    next_step: int = 0
+    step_boundary: bool = True
+
+
+class StreamWriter:
+    """Append groups to one log.
+
+    Parameters
+    ----------
+    path : Path
+        The log. Entering the context opens or creates it and takes its lock; then call
+        ``start`` or ``resume``.
+    clock : callable
+        Seconds, monotonic; tests inject their own.
+
+    Attributes
+    ----------
+    offset : int
+        Bytes of the log that were written.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path = path
+        self.offset = 0
+        self._clock = clock
+        self._descriptor = -1
+        self._sync = b""
+        self._commits: list[int] = []
+        self._synced_at = 0.0
+        self._synced_offset = 0
+
+    def __enter__(self) -> Self:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._descriptor = os.open(self.path, flags, 0o666)
+        try:
+            files.lock(self._descriptor, self.path)
+        except files.LockedError as error:
+            self.abandon()
+            msg = (
+                f"{self.path} is being written by another capture; wait for it to end, "
+                "or give another output_path"
+            )
+            raise ConfigError(msg) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.abandon()
+
+    def start(self, attributes: Mapping[str, Any]) -> None:
+        """Begin an empty file: the magic, the HEADER, and a first COMMIT; durable on return."""
+        self._sync = os.urandom(16)
+        self._write([records.MAGIC])
+        header = Record(Opcode.HEADER, Header(attributes).encode())
+        self._write([header.frame(self._sync)])
+        self.append([], CommitPoint())
+        self.sync()
+        files.fsync_folder(self.path.parent)
+
+    def resume(self, sync: bytes, commits: Sequence[int], offset: int) -> None:
+        """Go on after a COMMIT: cut the file at ``offset``, and append there.
+
+        Parameters
+        ----------
+        sync : bytes
+            The file's sync marker.
+        commits : sequence of int
+            Offsets of the COMMITs that stay.
+        offset : int
+            The end of the last of them.
+        """
+        self._sync = sync
+        self._commits = list(commits)
+        self.offset = offset
+        os.ftruncate(self._descriptor, offset)
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        self.sync()
+
+    def append(self, group: Sequence[Record], point: CommitPoint) -> None:
+        """Write a group and its COMMIT.
+
+        Raises
+        ------
+        OSError
+            The file system refuses; the log is readable up to the COMMIT before.
+        """
+        start = self.offset
+        buffers: list[Any] = []
+        entries = []
+        at = start
+        for record in group:
+            entries.append(record.entry(at))
+            buffers += [record.frame(self._sync), *record.payload]
+            at = entries[-1].end
+        directory = records.encode_entries(entries)
+        head = Commit(
+            start, point.next_seq, point.next_pass, point.next_step, point.step_boundary
+        )
+        commit = Record.of(Opcode.COMMIT, head.encode(), directory)
+        buffers += [commit.frame(self._sync), *commit.payload]
+        self._write(buffers)
+        self._commits.append(at)
+        late = self._clock() - self._synced_at >= SYNC_SECONDS
+        if late or self.offset - self._synced_offset >= SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Return when all that was appended is on the disk."""
+        os.fdatasync(self._descriptor)
+        self._synced_at = self._clock()
+        self._synced_offset = self.offset
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Close the log cleanly: INDEX, END, magic; durable on return."""
+        index_offset = self.offset
+        index = Record.of(Opcode.INDEX, *Index(tuple(self._commits), summary).encode())
+        end = Record(Opcode.END, records.encode_end(index_offset))
+        self._write(
+            [index.frame(self._sync), *index.payload, end.frame(self._sync), records.MAGIC]
+        )
+        self.sync()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file as it is; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # all that matters was synced, or its error raised
+                os.close(descriptor)
+
+    def _write(self, buffers: Sequence[Any]) -> None:
+        pending = [memoryview(part).cast("B") for part in buffers if len(part)]
+        first = 0
+        while first < len(pending):
+            written = os.writev(self._descriptor, pending[first : first + _IOV_MAX])
+            self.offset += written
+            while first < len(pending) and written >= len(pending[first]):
+                written -= len(pending[first])
+                first += 1
+            if written:
+                pending[first] = pending[first][written:]
