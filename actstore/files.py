@@ -7,10 +7,11 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["LockedError", "atomic_write", "free_name", "fsync_file", "fsync_folder", "lock", "replace"]
+__all__ = ["LockedError", "atomic_write", "free_name", "fsync_file", "fsync_folder", "lock", "replace", "write_new"]
 
 
 class LockedError(OSError):
@@ -50,6 +51,14 @@ def atomic_write(path: Path, data: bytes) -> None:
             Path(temporary).unlink()
         raise
     fsync_folder(path.parent)
+
+
+def write_new(path: Path, buffers: Sequence[Any]) -> None:
+    """Write a file that must not exist, durably; its folder is for the caller to sync."""
+    with path.open("xb") as file:
+        file.writelines(buffers)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def replace(source: Path, target: Path) -> None:

@@ -139,7 +139,7 @@ class Hooks:
         self._annotations: dict[str, list[Any]] = {}
         self._pass: PassInfo | None = None
         self._thread = 0
-        self._seen: dict[int, tuple[weakref.ref[Tensor], int | None, int]] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], int]] = {}
         self._layers = _number(targets, known or {})
         self._targets = targets
         self._handles: list[Any] = []
@@ -201,8 +201,7 @@ class Hooks:
     ) -> None:
         if torch._C._current_graph_task_id() != -1:
             return
-        if self._pass is not None:
-            self._check_thread(self._entries.names[module])
+        self._check_thread(self._entries.names[module])
         if not self._entries.enter(module):
             return
         if self._pass is not None:
@@ -210,13 +209,14 @@ class Hooks:
         self._open_pass(self._entries.names[module], self._entries.arguments(module, args, kwargs))
 
     def _leave_pass(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            return
+        if torch._C._current_graph_task_id() != -1 or threading.get_ident() != self._thread:
+            return  # a second thread was refused: its failing forward is not the pass that runs
         if self._entries.leave(module) and self._pass is not None:
             self._close_pass(aborted=self._entries.raised())
 
     def _open_pass(self, entry: str, arguments: Mapping[str, Any]) -> None:
         annotations, self._annotations = self._annotations, {}
+        self._thread = threading.get_ident()
         try:
             info = read_inputs(self.last_pass + 1, entry, arguments, annotations)
         except BaseException:
@@ -225,7 +225,6 @@ class Hooks:
         self._stage.begin_pass(info, self._new_texts(info))
         self.last_pass = info.index
         self._pass = info
-        self._thread = threading.get_ident()
 
     def _close_pass(self, *, aborted: bool) -> None:
         assert self._pass is not None  # noqa: S101 - callers asked
@@ -239,8 +238,9 @@ class Hooks:
             return {}
         fed = {int(one) for axis in info.axes for one in np.unique(axis.token_ids)}
         new = sorted(fed - self._texts - {-1})
+        texts = {one: str(self._tokenizer.decode([one])) for one in new}
         self._texts.update(new)
-        return {one: str(self._tokenizer.decode([one])) for one in new}
+        return texts
 
     # -- layers ---------------------------------------------------------------------------------
 
@@ -258,8 +258,9 @@ class Hooks:
         if tensor is None:
             return
         code = _CODES.get(tensor.dtype)
-        if code is None or tensor.layout is not torch.strided:
-            self.skipped[f"{layer.info.name}: {tensor.dtype} in layout {tensor.layout}"] += 1
+        if code is None or tensor.layout is not torch.strided or tensor.is_meta:
+            kind = f"{tensor.dtype} in layout {tensor.layout} on {tensor.device.type}"
+            self.skipped[f"{layer.info.name}: {kind}"] += 1
             return
         if self._pass is None:
             self._open_pass(layer.info.name, {f"*{i}": value for i, value in enumerate(args)})
@@ -282,8 +283,9 @@ class Hooks:
             self._stage.add_layer(layer.info)
             layer.described = True
         nbytes = 0 if alias_of is not None else plain.nbytes
+        seq, self._seq = self._seq, self._seq + 1  # not given again, even if put is interrupted
         self._stage.put(
-            self._seq,
+            seq,
             layer.info.id,
             plain.data_ptr(),
             nbytes,
@@ -292,9 +294,8 @@ class Hooks:
             pass_index=index,
             call=layer.calls,
             width=width,
-            alias_back=0 if alias_of is None else self._seq - alias_of,
+            alias_back=0 if alias_of is None else seq - alias_of,
         )
-        self._seq += 1
         layer.calls += 1
         layer.fired += 1
 
@@ -303,16 +304,17 @@ class Hooks:
 
         It is known by being the same Python object, never by its address: the allocator uses
         addresses again. The entry of an object that is gone can't match, since its weak
-        reference is dead.
+        reference is dead. Assigning ``.data`` changes no version: it shows in the rest.
         """
         version = None if tensor.is_inference() else tensor._version
+        state = (version, tensor.dtype, tensor.shape, tensor.data_ptr())
         known = self._seen.get(id(tensor))
         if known is not None:
             reference, then, seq = known
-            if reference() is tensor and then == version:
+            if reference() is tensor and then == state:
                 if version is not None or self._unchanged(tensor, seq):
                     return seq
-        self._seen[id(tensor)] = (weakref.ref(tensor), version, self._seq)
+        self._seen[id(tensor)] = (weakref.ref(tensor), state, self._seq)
         return None
 
     def _unchanged(self, tensor: Tensor, seq: int) -> bool:
@@ -335,7 +337,7 @@ class Hooks:
         return kept.to(device)
 
     def _check_thread(self, name: str) -> None:
-        if threading.get_ident() != self._thread:
+        if self._entries.inside and threading.get_ident() != self._thread:
             msg = (
                 f"layer {name!r} fired in a second thread while pass {self.last_pass} runs in "
                 "another; run one forward of the captured models at a time"

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Final
 
 import numpy as np
@@ -155,6 +156,7 @@ class Entries:
     names: Mapping[nn.Module, str]
     interrupted: bool = False
     _stack: list[nn.Module] = field(default_factory=list)
+    _outermost: FrameType | None = None
     _raised: BaseException | None = None
     _parameters: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
 
@@ -165,24 +167,30 @@ class Entries:
 
     def enter(self, module: nn.Module) -> bool:
         """Note a call; tell whether it is an outermost one."""
-        self.interrupted = module in self._stack  # by an interrupt: hooks don't see those
-        if self.interrupted:
+        caller = sys._getframe(1)
+        self.interrupted = bool(self._stack) and not _encloses(self._outermost, caller)
+        if self.interrupted:  # hooks are not called where an interrupt ends a forward
             self._stack.clear()
         self._stack.append(module)
         if len(self._stack) == 1:
             self._raised = sys.exception()
+            self._outermost = caller.f_back  # what calls hooks and forward
         return len(self._stack) == 1
 
     def leave(self, module: nn.Module) -> bool:
         """Note the end of a call; tell whether it was the outermost one."""
         if module not in self._stack:
             return False
-        del self._stack[self._stack.index(module) :]
+        while self._stack.pop() is not module:
+            pass
+        if not self._stack:
+            self._outermost = None
         return not self._stack
 
     def forget(self) -> None:
         """Note that the call that was entered won't take place."""
         self._stack.clear()
+        self._outermost = None
 
     def raised(self) -> bool:
         """Whether the forward that is being left raised: its hooks run inside the handler."""
@@ -199,3 +207,10 @@ class Entries:
             self._parameters[module] = names
         unnamed = (f"*{place}" for place in range(len(names), len(args)))
         return {**dict(zip((*names, *unnamed), args, strict=False)), **kwargs}
+
+
+def _encloses(outer: FrameType | None, frame: FrameType | None) -> bool:
+    """Whether one frame called, in however many steps, another."""
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is not None

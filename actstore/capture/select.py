@@ -80,7 +80,8 @@ def entry_modules(model: nn.Module) -> dict[nn.Module, str]:
         ask = getattr(model, getter, None)
         if callable(ask):
             found.append(_ask(ask))
-    entries = {module: names[module] for module in found if module in names}
+    modules = (one for one in found if isinstance(one, nn.Module))
+    entries = {module: names[module] for module in modules if module in names}
     return {module: name for module, name in entries.items() if _runs(module)}
 
 
@@ -300,9 +301,9 @@ def _targeted(
     else:
         globs = list(wanted)
         chosen = [
-            target for target in targets if any(fnmatchcase(target.name, glob) for glob in globs)
+            target for target in targets if any(_matches(target.name, glob) for glob in globs)
         ]
-        missing = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]
+        missing = [glob for glob in globs if not any(_matches(name, glob) for name in names)]
     if missing:
         msg = (
             f"target_layers {missing!r} match none of the {len(names)} layers of "
@@ -313,13 +314,20 @@ def _targeted(
     return chosen
 
 
+def _matches(name: str, wanted: str) -> bool:
+    """Whether a name is meant by an exact name or a glob; a name may hold brackets itself."""
+    return name == wanted or fnmatchcase(name, wanted)
+
+
 def _predicate(wanted: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
-    """Accept a predicate of the name, or of the name and the module."""
+    """Accept a predicate of the name, or of the name and the module if it needs two."""
     try:
-        inspect.signature(wanted).bind("name", None)
+        inspect.signature(wanted).bind("name")
+    except ValueError:  # a builtin that doesn't say: taken as one of the name
+        pass
     except TypeError:
-        return lambda name, _: bool(wanted(name))
-    return lambda name, module: bool(wanted(name, module))
+        return lambda name, module: bool(wanted(name, module))
+    return lambda name, _: bool(wanted(name))
 
 
 def _runs(module: nn.Module) -> bool:

@@ -205,14 +205,14 @@ class Stage:
                 length = min(self.part_bytes, nbytes - start)
                 group = self._room(length)
                 offset = -(-group.used // _ALIGN) * _ALIGN
+                ctypes.memmove(group.address + offset, address + start, length)
+                group.used = offset + length
                 group.packets.append(
                     Staged(
                         layer, seq, pass_index, call, dtype, shape, width, alias_back,
                         part, parts, offset, length,
                     )
                 )  # fmt: skip
-                ctypes.memmove(group.address + offset, address + start, length)
-                group.used = offset + length
             self.raw_bytes += nbytes
             self._next_seq = seq + 1
             self._used_at = self._clock()
@@ -383,3 +383,6 @@ class Stage:
                 "log and can be read or resumed"
             )
             raise CaptureError(msg) from self._failure
+        if self._closed:
+            msg = "the capture has ended; record tokens and run the model inside the with"
+            raise CaptureError(msg)

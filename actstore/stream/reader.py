@@ -241,8 +241,21 @@ class StreamReader:
         if rows.alias_of[row] >= 0:
             row = self._alias_target(row)
         start = int(rows.offset[row])
-        block = self._block(int(rows.block[row]))
+        block = self.block(int(rows.block[row]))
         return block[start : start + int(rows.nbytes[row])]
+
+    def resolve(self, packets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give, for rows of the table, those that hold the bytes: an alias's target's.
+
+        Raises
+        ------
+        StreamCorruptError
+            An alias's target is lost.
+        """
+        targets = packets.copy()
+        for place in np.flatnonzero(self.table.alias_of[packets] >= 0).tolist():
+            targets[place] = self._alias_target(int(packets[place]))
+        return targets
 
     def _bytes(self, row: int) -> NDArray[np.uint8]:
         parts = [self.raw(row + part) for part in range(int(self.table.parts[row]))]
@@ -260,7 +273,14 @@ class StreamReader:
             raise self._file.corrupt(place, reason)
         return target
 
-    def _block(self, index: int) -> NDArray[np.uint8]:
+    def block(self, index: int) -> NDArray[np.uint8]:
+        """Give the decoded bytes of a block of the table, read-only; kept for a while.
+
+        Raises
+        ------
+        StreamCorruptError
+            It is damaged.
+        """
         with self._lock:
             found = self._cache.get(index)
             if found is not None:

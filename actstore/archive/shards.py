@@ -1,0 +1,161 @@
+"""Owns the bytes of a shard: inner chunks encoded by us, their index, the file that they become.
+
+They are what the Zarr v3 ``sharding_indexed`` codec with inner codecs ``bytes``, ``blosc`` and
+``crc32c`` says, nothing else, so that every implementation reads them; each chunk has a checksum
+of its own.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import crc32c as castagnoli
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+
+from actstore import codecs, files
+from actstore.errors import ArchiveError
+
+__all__ = ["EMPTY", "check_shard", "codec_metadata", "encode_shard", "write_shard"]
+
+EMPTY: Final = (1 << 64) - 1
+_CRC: Final = struct.Struct("<I")
+_SHUFFLES: Final = {"zstd": "shuffle", "lz4": "bitshuffle"}
+_LEVELS: Final = {"zstd": 1, "lz4": 5}
+
+
+def codec_metadata(
+    chunks: tuple[int, ...], dtype: np.dtype, compression: str
+) -> list[dict[str, Any]]:
+    """Give the ``codecs`` of an array whose shards `encode_shard` makes.
+
+    Parameters
+    ----------
+    chunks : tuple of int
+        The shape of an inner chunk.
+    dtype : numpy.dtype
+        Of the array.
+    compression : {"zstd", "lz4", "none"}
+        Of its chunks.
+    """
+    nbytes = int(np.prod(chunks)) * dtype.itemsize
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    inner: list[dict[str, Any]] = [little if dtype.itemsize > 1 else {"name": "bytes"}]
+    if compression != "none":
+        configuration = {
+            "cname": compression,
+            "clevel": _LEVELS[compression],
+            "shuffle": _SHUFFLES[compression],
+            "typesize": dtype.itemsize,
+            "blocksize": nbytes if compression == "zstd" else 0,
+        }
+        inner.append({"name": "blosc", "configuration": configuration})
+    inner.append({"name": "crc32c"})
+    return [
+        {
+            "name": "sharding_indexed",
+            "configuration": {
+                "chunk_shape": list(chunks),
+                "codecs": inner,
+                "index_codecs": [little, {"name": "crc32c"}],
+                "index_location": "end",
+            },
+        }
+    ]
+
+
+def encode_shard(
+    rows: NDArray[Any], chunk_rows: int, chunk_count: int, fill: Any, compression: str
+) -> list[Any]:
+    """Encode the rows of one layer as a shard.
+
+    Parameters
+    ----------
+    rows : numpy.ndarray
+        [n, *row_shape], n at most ``chunk_rows`` × ``chunk_count``.
+    chunk_rows : int
+        Rows of an inner chunk.
+    chunk_count : int
+        Inner chunks of the shard; those behind the rows are empty.
+    fill : scalar
+        The fill value, for the rows behind the last.
+    compression : {"zstd", "lz4", "none"}
+        Of the chunks.
+
+    Returns
+    -------
+    list of bytes-like
+        The chunks and the index.
+    """
+    buffers: list[Any] = []
+    index = np.full((chunk_count, 2), EMPTY, "<u8")
+    offset = 0
+    for number, start in enumerate(range(0, len(rows), chunk_rows)):
+        chunk = rows[start : start + chunk_rows]
+        if len(chunk) < chunk_rows:
+            padded = np.full((chunk_rows, *rows.shape[1:]), fill, rows.dtype)
+            padded[: len(chunk)] = chunk
+            chunk = padded
+        encoded = _encode_chunk(np.ascontiguousarray(chunk), compression)
+        crc = _CRC.pack(castagnoli.crc32c(encoded))
+        index[number] = offset, len(encoded) + len(crc)
+        offset += len(encoded) + len(crc)
+        buffers += [encoded, crc]
+    table = index.tobytes()
+    return [*buffers, table, _CRC.pack(castagnoli.crc32c(table))]
+
+
+def _encode_chunk(chunk: NDArray[Any], compression: str) -> Any:
+    data = chunk.reshape(-1).view(np.uint8)
+    if compression == "none":
+        return memoryview(data)
+    if compression == "lz4":
+        level = _LEVELS["lz4"]
+        return blosc.compress(data, b"lz4", level, blosc.BITSHUFFLE, 0, chunk.dtype.itemsize)
+    return codecs.plane_split(data, chunk.dtype.itemsize)
+
+
+def write_shard(path: Path, buffers: list[Any]) -> int:
+    """Write a shard's file, durably; give its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_new(path, buffers)
+    return sum(map(len, buffers))
+
+
+def check_shard(path: Path, chunk_count: int) -> Iterator[tuple[int, str]]:
+    """Check the index and every chunk of a shard's file.
+
+    Yields
+    ------
+    (int, str)
+        A damaged chunk's number, or -1 for the index, and what is wrong.
+
+    Raises
+    ------
+    ArchiveError
+        The file is gone.
+    """
+    size = 16 * chunk_count + _CRC.size
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        msg = f"shard {path} is gone"
+        raise ArchiveError(msg) from error
+    tail = data[-size:]
+    if len(tail) != size or castagnoli.crc32c(tail[:-4]) != _CRC.unpack(tail[-4:])[0]:
+        yield -1, "the index doesn't match its checksum"
+        return
+    for number, (offset, length) in enumerate(
+        np.frombuffer(tail[:-4], "<u8").reshape(-1, 2).tolist()
+    ):
+        if offset == EMPTY and length == EMPTY:
+            continue
+        chunk = data[offset : offset + length]
+        if offset + length > len(data) - size or len(chunk) < _CRC.size:
+            yield number, "the index points outside of the shard"
+        elif castagnoli.crc32c(chunk[:-4]) != _CRC.unpack(chunk[-4:])[0]:
+            yield number, "its bytes don't match their checksum"
