@@ -36,7 +36,9 @@ CODECS: Final[dict[int, dict[str, Any] | None]] = {
 #: Name in the API -> codec id.
 NAMES: Final[dict[str, int]] = {"none": 0, "lz4": 1, "zstd": 2}
 
-_FRAME = struct.Struct("<BBBBIII")  # version, versionlz, flags, typesize, nbytes, blocksize, cbytes
+_FRAME = struct.Struct(
+    "<BBBBIII"
+)  # version, versionlz, flags, typesize, nbytes, blocksize, cbytes
 _VERSION, _VERSION_ZSTD = 2, 1
 _SHUFFLE, _MEMCPY, _ZSTD = 0x01, 0x02, 4 << 5
 _LEAST_PLANE = 128  # a Blosc decoder takes planes apart from this many elements a block on
@@ -175,17 +177,17 @@ def plane_split(data: Bytes, itemsize: int) -> bytes:
     whole = itemsize <= _MOST_PLANES and nbytes % itemsize == 0
     if not whole or nbytes < itemsize * _LEAST_PLANE:
         return bytes(blosc.compress(data, b"zstd", 1, blosc.SHUFFLE, nbytes, min(itemsize, 255)))
-    parts = [b"", struct.pack("<i", _FRAME.size + 4)]
+    parts: list[Any] = [b"", struct.pack("<i", _FRAME.size + 4)]
     compressor = _compressor()
     for plane in _planes(data, itemsize):
-        packed: bytes | Bytes = compressor.compress(plane)
+        packed: Any = compressor.compress(memoryview(plane))
         if len(packed) >= len(plane):
             packed = plane
-        parts += [struct.pack("<i", len(packed)), memoryview(packed)]
+        parts += [struct.pack("<i", len(packed)), packed]
     total = _FRAME.size + sum(map(len, parts))
     flags = _SHUFFLE | _ZSTD
     if total > nbytes + _FRAME.size:
-        total, flags, parts = nbytes + _FRAME.size, _MEMCPY | _ZSTD, [b"", memoryview(data)]
+        total, flags, parts = nbytes + _FRAME.size, _MEMCPY | _ZSTD, [b"", data]
     parts[0] = _FRAME.pack(_VERSION, _VERSION_ZSTD, flags, itemsize, nbytes, nbytes, total)
     return b"".join(parts)
 

@@ -158,7 +158,9 @@ def plan_log(reader: StreamReader, tokenizer: Any = None) -> layout.Plan:
     """Plan the dataset of a log."""
     texts = dict(reader.token_texts)
     if tokenizer is not None:
-        fed = {int(one) for info in reader.passes for axis in info.axes for one in axis.token_ids.flat}
+        fed = {
+            int(one) for info in reader.passes for axis in info.axes for one in axis.token_ids.flat
+        }
         texts |= {one: str(tokenizer.decode([one])) for one in fed - {-1}}
     source = layout.Source(
         tuple(reader.layers.values()),
@@ -171,9 +173,7 @@ def plan_log(reader: StreamReader, tokenizer: Any = None) -> layout.Plan:
     return layout.plan(source)
 
 
-def row_reader(
-    reader: StreamReader, variable: layout.Variable, place: int
-) -> RowReader | None:
+def row_reader(reader: StreamReader, variable: layout.Variable, place: int) -> RowReader | None:
     """Give what reads the rows of one layer of a variable; None where it has none."""
     segments = variable.segments[place]
     if segments is None:
@@ -381,9 +381,7 @@ def _pass_columns(reader: StreamReader) -> dict[str, NDArray[Any]]:
     }
 
 
-def _analysis(
-    reader: StreamReader, stored: Mapping[str, int], compression: str
-) -> dict[str, Any]:
+def _analysis(reader: StreamReader, stored: Mapping[str, int], compression: str) -> dict[str, Any]:
     """Give what ``analyze_activations`` says of the archive: the log's counts, its own bytes."""
     found = summary.summarise(reader)
     for name, layer in found["per_layer"].items():

@@ -1,4 +1,4 @@
-"""Owns what a capture can be told: granularity, codec, budgets, and which layers; no torch here."""
+"""Owns what a capture can be told: granularity, codec, budgets, layers; no torch here."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class InstrumentationConfig:
         _check_granularity("granularity", self.granularity)
         if self.compression_algorithm not in _CODECS:
             wanted = ", ".join(map(repr, _CODECS))
-            msg = f"compression_algorithm must be one of {wanted}; got {self.compression_algorithm!r}"
+            found = self.compression_algorithm
+            msg = f"compression_algorithm must be one of {wanted}; got {found!r}"
             raise ConfigError(msg)
         _check_positive("target_throughput_gbps", self.target_throughput_gbps, "GB/s, such as 1.0")
         if self.max_memory_gb is not None:

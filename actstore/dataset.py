@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -134,12 +134,12 @@ def _over_log(reader: StreamReader) -> xr.Dataset:
         encoding = {"shards": ragged.shards, "chunks": ragged.chunks}
         variables[ragged.values_name] = _lazy(ragged.dims, elements, attributes, encoding)
     labels = {one.name: (one.dims, one.values) for one in plan.coordinates}
-    attributes = {
+    about = {
         "format": store.FORMAT,
         "aliases": dict(plan.aliases),
         "run": dict(reader.header),
     }
-    dataset = xr.Dataset(variables, labels, attributes)
+    dataset = xr.Dataset(variables, labels, about)
     dataset.set_close(reader.close)
     return dataset
 
@@ -190,18 +190,14 @@ class _Rows(BackendArray):
             reader = self._readers[place]
         if reader is None:
             return np.full((len(rows), *variable.row_shape), variable.fill, variable.dtype)
-        parts = [
-            reader.read(int(run[0]), int(run[-1]) + 1, variable.fill) for run in _runs(rows)
-        ]
+        parts = [reader.read(int(run[0]), int(run[-1]) + 1, variable.fill) for run in _runs(rows)]
         return np.concatenate(parts) if parts else reader.read(0, 0, variable.fill)
 
 
 class _Elements(BackendArray):
     """The values of a ragged array of a log."""
 
-    def __init__(
-        self, reader: StreamReader, ragged: layout.Ragged, lock: threading.Lock
-    ) -> None:
+    def __init__(self, reader: StreamReader, ragged: layout.Ragged, lock: threading.Lock) -> None:
         self.shape = (ragged.size,)
         self.dtype = ragged.source.array
         self._elements = element_reader(reader, ragged)
@@ -245,5 +241,3 @@ def _outer(keys: tuple[Any, ...]) -> tuple[Any, ...]:
         return keys
     msg = "two arrays index the features of a row; index one dimension after the other"
     raise ConfigError(msg)
-
-

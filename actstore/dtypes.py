@@ -45,11 +45,28 @@ class DType:
 
 
 def _table() -> tuple[DType, ...]:
-    native = (
-        "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 "
-        "float16 bfloat16 float32 float64 complex64 complex128 "
-        "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
-    ).split()
+    native = [
+        "bool",
+        "uint8",
+        "int8",
+        "uint16",
+        "int16",
+        "uint32",
+        "int32",
+        "uint64",
+        "int64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    ]
     rows = []
     for code, name in enumerate(native, start=1):
         extension = hasattr(ml_dtypes, name)

@@ -11,7 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LockedError", "atomic_write", "free_name", "fsync_file", "fsync_folder", "lock", "replace", "write_new"]
+__all__ = [
+    "LockedError",
+    "atomic_write",
+    "free_name",
+    "fsync_file",
+    "fsync_folder",
+    "lock",
+    "replace",
+    "write_new",
+]
 
 
 class LockedError(OSError):

@@ -115,7 +115,7 @@ class InstrumentationFramework:
         self._models[id(model)] = Instrumented(model, hooks, tokenizer, given)
 
     @contextmanager
-    def capture_activations(  # noqa: PLR0913 - the documented signature
+    def capture_activations(
         self,
         output_path: str | os.PathLike[str],
         track_per_token: bool = False,
@@ -192,7 +192,9 @@ class InstrumentationFramework:
         if self._running is None:
             msg = "annotate labels the next pass of a running capture; call it inside the with"
             raise CaptureError(msg)
-        self._running.hooks.annotate({name: _labels(name, given) for name, given in labels.items()})
+        self._running.hooks.annotate(
+            {name: _labels(name, given) for name, given in labels.items()}
+        )
 
     def analyze_activations(self, data_path: str | os.PathLike[str]) -> dict[str, Any]:
         """Count what a log or an archive holds, in all and by layer; no values are read.
@@ -208,7 +210,8 @@ class InstrumentationFramework:
             ``stream_path``, ``compression``, ``packets``, ``total_compressed_bytes``,
             ``per_layer`` {name: {``count``, ``bytes``, …}}, ``total_raw_bytes``,
             ``compression_ratio``, ``dtypes``, ``passes``, ``tokens``, ``duration_seconds``,
-            ``sustained_gbps``, ``waited_seconds`` and more.
+            ``sustained_gbps``, ``waited_seconds`` and more. Of an archive: the counts of its
+            log, and the bytes of its own shards.
 
         Raises
         ------
@@ -219,7 +222,12 @@ class InstrumentationFramework:
         StreamCorruptError
             It is a damaged log.
         """
-        with open_stream(data_path) as reader:
+        place = _path(data_path)
+        if place.is_dir():
+            from actstore.archive.store import read_attributes
+
+            return {"stream_path": str(place), **read_attributes(place)["analysis"]}
+        with open_stream(place) as reader:
             reader.check()
             return summary.summarise(reader)
 
@@ -251,8 +259,11 @@ def analyze_activations_with_tokens(
     """
     from actstore.stream import sidecars
 
-    found = framework.analyze_activations(stream_path)
-    with open_stream(stream_path) as reader:
+    place = _path(stream_path)
+    found = framework.analyze_activations(place)
+    if place.is_dir():
+        return found
+    with open_stream(place) as reader:
         metadata = sidecars.token_metadata(reader)
         if metadata is None:
             return found
@@ -265,11 +276,11 @@ def analyze_activations_with_tokens(
     return found
 
 
-def _path(output_path: str | os.PathLike[str]) -> Path:
+def _path(given: str | os.PathLike[str]) -> Path:
     try:
-        return Path(output_path)
+        return Path(given)
     except TypeError:
-        msg = f"output_path must be a str or a path; got {output_path!r}"
+        msg = f"a path must be a str or a path object; got {given!r}"
         raise ConfigError(msg) from None
 
 

@@ -137,7 +137,7 @@ def align(
     kind_of_pass = np.full(max((one.index for one in passes), default=-1) + 2, -1, np.int64)
     for index, (kind, _) in kinds.items():
         kind_of_pass[index] = kind
-    example = {kind: info for kind, info in kinds.values()}
+    example = dict(kinds.values())
     aligned: list[Aligned] = []
     ragged: dict[tuple[str, int], list[tuple[Integers, int]]] = {}
     for info in layers:
@@ -163,7 +163,7 @@ def align(
 
 
 def _pass_kinds(passes: Sequence[PassInfo]) -> dict[int, tuple[int, PassInfo]]:
-    """Number the passes by what their packets can align with: axes and ``logits_to_keep``."""
+    """Sort the passes by what their packets can align with: axes and ``logits_to_keep``."""
     numbers: dict[object, int] = {}
     kinds = {}
     for info in passes:
@@ -249,7 +249,7 @@ def merge_aliases(layers: Sequence[LayerInfo], packets: Packets) -> dict[str, st
         while end in pairs:
             end = pairs[end]
         groups.setdefault(end, [end]).append(site)
-    result = {}
+    result: dict[str, str] = {}
     for group in groups.values():
         keeper = next((name for name in _CANONICAL if name in group), group[0])
         result |= {name: keeper for name in group if name != keeper}
@@ -264,28 +264,31 @@ def _only_target(
     whole: Integers,
 ) -> str | None:
     """Give the one site whose packets a site's packets all alias, one for one, block by block."""
-    target_site: str | None = None
-    targets = 0
-    for info in mine:
-        rows = whole[packets.layer[whole] == info.id]
-        alias_of = packets.alias_of[rows]
-        if not rows.size or np.any(alias_of < 0):
-            return None
-        places = np.searchsorted(packets.seq, alias_of)
-        if np.any(places >= packets.seq.size) or np.any(packets.seq[places] != alias_of):
-            return None
-        layers = np.unique(packets.layer[places])
-        target = info_of.get(int(layers[0]))
-        if layers.size != 1 or target is None or target.block != info.block:
-            return None
-        same_calls = np.array_equal(packets.call[places], packets.call[rows])
-        once = np.unique(alias_of).size == alias_of.size
-        count = int((packets.layer[whole] == target.id).sum())
-        if not same_calls or not once or count != rows.size:
-            return None
-        if target_site not in (None, target.site):
-            return None
-        target_site, targets = target.site, targets + 1
-    if target_site is None or target_site == mine[0].site or targets != len(sites[target_site]):
+    targets = [_target(info, info_of, packets, whole) for info in mine]
+    names = {target.site if target else None for target in targets}
+    if len(names) != 1 or None in names or mine[0].site in names:
         return None
-    return target_site
+    (name,) = names
+    return name if name is not None and len(targets) == len(sites[name]) else None
+
+
+def _target(
+    info: LayerInfo, info_of: Mapping[int, LayerInfo], packets: Packets, whole: Integers
+) -> LayerInfo | None:
+    """Give the layer of the same block whose packets a layer's packets all alias, one for one."""
+    rows = whole[packets.layer[whole] == info.id]
+    alias_of = packets.alias_of[rows]
+    if not rows.size or np.any(alias_of < 0):
+        return None
+    places = np.searchsorted(packets.seq, alias_of).clip(max=packets.seq.size - 1)
+    target = info_of.get(int(packets.layer[places[0]]))
+    if target is None or target.block != info.block:
+        return None
+    holds = (
+        np.array_equal(packets.seq[places], alias_of)
+        and bool(np.all(packets.layer[places] == target.id))
+        and np.array_equal(packets.call[places], packets.call[rows])
+        and np.unique(alias_of).size == alias_of.size
+        and int((packets.layer[whole] == target.id).sum()) == rows.size
+    )
+    return target if holds else None

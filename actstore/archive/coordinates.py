@@ -18,10 +18,29 @@ if TYPE_CHECKING:
 
 __all__ = ["STRING", "Coordinate", "coordinates", "row_tables"]
 
-_TAKEN: Final = (
-    "pass_index batch_item position token_id token_text is_padding step layer module feature vocab"
-    " token encoder_token decoder_token embed resid attn mlp final_norm logits output"
-).split()
+_TAKEN: Final = [
+    "pass_index",
+    "batch_item",
+    "position",
+    "token_id",
+    "token_text",
+    "is_padding",
+    "step",
+    "layer",
+    "module",
+    "feature",
+    "vocab",
+    "token",
+    "encoder_token",
+    "decoder_token",
+    "embed",
+    "resid",
+    "attn",
+    "mlp",
+    "final_norm",
+    "logits",
+    "output",
+]
 #: How text is held: as `xarray.open_zarr` gives it.
 STRING: Final = np.dtypes.StringDType()
 
@@ -46,7 +65,7 @@ class Coordinate:
 
 
 def row_tables(passes: Sequence[PassInfo]) -> dict[str, RowTable]:
-    """Number the rows of each token axis."""
+    """Give each token axis its rows: where each pass begins."""
     rows: dict[str, int] = {}
     starts: dict[str, dict[int, int]] = {}
     shapes: dict[str, dict[int, Axis]] = {}
@@ -73,7 +92,7 @@ def coordinates(
         columns = _columns(table, texts)
         columns["step"] = steps[name]
         for label, values in _annotations(table, source.passes).items():
-            label = "_".join(label.split())  # noqa: PLW2901 - names are told apart by spaces
+            label = "_".join(label.split())
             columns[f"annotation_{label}" if label in _TAKEN else label] = values
         found += [Coordinate(prefix + label, (name,), values) for label, values in columns.items()]
     if blocks:
@@ -153,7 +172,11 @@ def _annotation(label: str, table: RowTable, passes: Sequence[PassInfo]) -> NDAr
 
 
 def _typed(rows: Sequence[Any]) -> NDArray[Any]:
-    """Give annotation values one dtype: int64, bool, float64 (missing: NaN) or text (missing: '')."""
+    """Give annotation values one dtype.
+
+    bool or int64 where every row has one, float64 for numbers otherwise (missing: NaN), text for
+    all else (missing: "").
+    """
     present = [one for one in rows if one is not None]
     missing = len(present) < len(rows)
     kinds = {type(one) for one in present}

@@ -281,7 +281,7 @@ def _unambiguous(layers: Sequence[LayerInfo]) -> list[LayerInfo]:
     result = []
     for info in layers:
         if (info.site, info.block) in seen:
-            info = LayerInfo(info.id, info.name, info.name, -1, info.kind)  # noqa: PLW2901
+            info = LayerInfo(info.id, info.name, info.name, -1, info.kind)
         seen.add((info.site, info.block))
         result.append(info)
     return result
@@ -303,9 +303,7 @@ class _Names:
         return name
 
 
-def _name_groups(
-    aligned: Sequence[Aligned], names: _Names
-) -> dict[str, list[Aligned]]:
+def _name_groups(aligned: Sequence[Aligned], names: _Names) -> dict[str, list[Aligned]]:
     """Put together what makes one variable, and name it: the usual form has the site's name."""
     by_site: dict[tuple[str, int], list[Aligned]] = {}
     for one in aligned:

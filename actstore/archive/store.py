@@ -109,7 +109,7 @@ class ArchiveWriter:
         """Write the root's attributes and the consolidated metadata, durably."""
         self._group.attrs.put(dict(attributes))
         with warnings.catch_warnings():
-            # it is not in the v3 specification; every reader may ignore it, xarray needs it to be fast
+            # not in the v3 specification; a reader may ignore it, xarray opens fast by it
             warnings.filterwarnings("ignore", "Consolidated metadata")
             zarr.consolidate_metadata(self.folder, zarr_format=3)
         for path in sorted(self.folder.rglob("*")):
@@ -178,12 +178,13 @@ def read_attributes(path: Path) -> dict[str, Any]:
 
 def open_xarray(path: Path) -> xr.Dataset:
     """Open an archive lazily, without dask."""
-    return xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=3)
+    dataset: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=3)
+    return dataset
 
 
 def read_rows(folder: Path, name: str, place: tuple[int, ...], first: int, last: int) -> Any:
     """Read rows of an array by zarr-python: a decoder that is not ours."""
-    array = zarr.open_array(folder / name, mode="r", zarr_format=3)
+    array: Any = zarr.open_array(folder / name, mode="r", zarr_format=3)
     found: NDArray[Any] = np.asarray(array[(*place, slice(first, last))])
     if found.shape[0] != last - first:
         msg = f"{folder / name} has {found.shape[0]} of the rows {first} to {last}"

@@ -109,7 +109,7 @@ class Hooks:
         The index of the last pass that began, or -1.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run begins with, given once by the session
         self,
         stage: Stage,
         targets: list[Target],
@@ -311,9 +311,9 @@ class Hooks:
         known = self._seen.get(id(tensor))
         if known is not None:
             reference, then, seq = known
-            if reference() is tensor and then == state:
-                if version is not None or self._unchanged(tensor, seq):
-                    return seq
+            same = reference() is tensor and then == state
+            if same and (version is not None or self._unchanged(tensor, seq)):
+                return seq
         self._seen[id(tensor)] = (weakref.ref(tensor), state, self._seq)
         return None
 

@@ -92,7 +92,7 @@ def _block(group: Group, packets: list[Staged], codec: int) -> Record:
     first = packets[0]
     shapes: dict[tuple[int, ...], int] = {}
     runs = tuple(_runs(packets, shapes))
-    pieces = [group.bytes_of(packet) for packet in packets if packet.nbytes]
+    pieces: list[Any] = [group.bytes_of(packet) for packet in packets if packet.nbytes]
     raw_length = sum(piece.nbytes for piece in pieces)
     used = 0
     if codec and pieces:
@@ -193,7 +193,7 @@ class Pipeline:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - it surfaces from the next hook
+        except BaseException as error:
             self._stage.fail(error)
 
     def _encode(self) -> None:
@@ -214,7 +214,7 @@ class Pipeline:
             try:
                 if self._stage.failure is None:
                     self._append(group, records)
-            except BaseException as error:  # noqa: BLE001 - go on taking, that nobody blocks
+            except BaseException as error:
                 self._stage.fail(error)
             self._stage.release(group)
 

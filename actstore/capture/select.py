@@ -57,7 +57,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """A block of a stack: where it stands, and what in it is attention and MLP (module -> site)."""
+    """A block of a stack: where it stands, and which of its modules are attention and MLP."""
 
     path: str
     stack: str
@@ -297,7 +297,7 @@ def _targeted(
     if callable(wanted):
         ask = _predicate(wanted)
         chosen = [target for target in targets if ask(target.name, target.module)]
-        missing = [] if chosen else [wanted]
+        missing = [] if chosen else [repr(wanted)]
     else:
         globs = list(wanted)
         chosen = [

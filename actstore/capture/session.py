@@ -1,5 +1,6 @@
-"""Owns one capture from beginning to end: the log is claimed, hooks, stage, pipeline and tracker
-are put together, and taken apart again in whatever way the ``with`` ends.
+"""Owns one capture from beginning to end, in whatever way the ``with`` ends.
+
+The log is claimed; hooks, stage, pipeline and tracker are put together, and taken apart again.
 """
 
 from __future__ import annotations

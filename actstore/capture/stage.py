@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,7 +156,7 @@ class Stage:
 
     # -- the hooks' side ------------------------------------------------------------------------
 
-    def put(
+    def put(  # noqa: PLR0913 - a packet's description, unpacked: this is the hot path
         self,
         seq: int,
         layer: int,
@@ -226,7 +226,7 @@ class Stage:
             found = next((one for one in reversed(group.packets) if one.seq == seq), None)
             if found is None or found.parts > 1 or found.nbytes != nbytes:
                 return False
-            given = (ctypes.c_ubyte * nbytes).from_address(address)
+            given: Any = (ctypes.c_ubyte * nbytes).from_address(address)
             return bool(np.array_equal(group.bytes_of(found), np.frombuffer(given, np.uint8)))
 
     def add_layer(self, info: LayerInfo) -> None:
@@ -359,9 +359,7 @@ class Stage:
         group, self._open = self._open, None
         if group is None:
             return
-        group.point = CommitPoint(
-            self._next_seq, self._next_pass, self._next_step, self._boundary
-        )
+        group.point = CommitPoint(self._next_seq, self._next_pass, self._next_step, self._boundary)
         self._sealed.append(group)
         self._busy_bytes += group.charge
         self.high_water = max(self.high_water, self._busy_bytes)

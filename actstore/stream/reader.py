@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -269,7 +270,9 @@ class StreamReader:
         )
         if not same or rows.alias_of[target] >= 0:
             place = rows.blocks[int(rows.block[row])].entry.offset
-            reason = f"packet {rows.seq[row]} is an alias of {rows.alias_of[row]}, not found intact"
+            reason = (
+                f"packet {rows.seq[row]} is an alias of {rows.alias_of[row]}, not found intact"
+            )
             raise self._file.corrupt(place, reason)
         return target
 
@@ -314,44 +317,24 @@ class StreamReader:
         self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
         self._cached = 0
         self._codecs = _codec_table(found.header)
-        self._passes: dict[int, list[Entry]] = {}
-        layers: dict[int, LayerInfo] = {}
-        tokens: list[TokenRecord] = []
-        texts: dict[int, str] = {}
-        features: dict[int, NDArray[np.uint32]] = {}
-        blocks: list[BlockPlace] = []
         for region in found.damage:
             self._fault = self._fault or self._file.corrupt(region.offset, region.reason)
+        parts = _Parts()
         for number, entry in self._believed():
             try:
-                match entry.opcode:
-                    case Opcode.LAYER:
-                        info = Layer.decode(entry.header).info
-                        layers[info.id] = info
-                    case Opcode.FEATURES:
-                        kept = Features.decode(entry.header, self._file.payload(entry))
-                        features[kept.width] = kept.indices
-                    case Opcode.PASS:
-                        self._passes.setdefault(Pass.peek(entry.header), []).append(entry)
-                    case Opcode.TEXT:
-                        texts.update(Text.decode(entry.header).texts)
-                    case Opcode.TOKEN:
-                        tokens.append(Token.decode(entry.header).record)
-                    case Opcode.BLOCK:
-                        block = Block.decode(entry.header)
-                        self._check_block(block, layers)
-                        blocks.append(BlockPlace(entry, block, number))
+                parts.add(entry, number, self._file, self._codecs)
             except FormatError as error:
                 self._note(self._file.corrupt(entry.offset, str(error)), entry)
                 if not self._skip:
                     break
+        self._passes = parts.passes
         self.layers: Mapping[str, LayerInfo] = MappingProxyType(
-            {info.name: info for info in layers.values()}
+            {info.name: info for info in parts.layers.values()}
         )
-        self.features: Mapping[int, NDArray[np.uint32]] = MappingProxyType(features)
-        self.tokens = tuple(tokens)
-        self.token_texts: Mapping[int, str] = MappingProxyType(texts)
-        self.table: PacketTable = table.build(blocks)
+        self.features: Mapping[int, NDArray[np.uint32]] = MappingProxyType(parts.features)
+        self.tokens = tuple(parts.tokens)
+        self.token_texts: Mapping[int, str] = MappingProxyType(parts.texts)
+        self.table: PacketTable = table.build(parts.blocks)
         self._drop_partial()
 
     def _believed(self) -> Iterator[tuple[int, Entry]]:
@@ -362,11 +345,6 @@ class StreamReader:
                 if entry.offset >= first:
                     return
                 yield number, entry
-
-    def _check_block(self, block: Block, layers: Mapping[int, LayerInfo]) -> None:
-        if block.layer not in layers or block.codec not in self._codecs:
-            msg = f"BLOCK names layer {block.layer} and codec {block.codec}; one is not declared"
-            raise FormatError(msg)
 
     def _drop_partial(self) -> None:
         """Leave out packets whose last parts were not committed, or are lost."""
@@ -405,6 +383,43 @@ class StreamReader:
         if all(known.offset != error.offset for known in self.damage):
             self.damage.append(Damage(error.offset, length, str(error)))
         self._fault = self._fault or error
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What the believed records of a log hold, kind by kind."""
+
+    layers: dict[int, LayerInfo] = field(default_factory=dict)
+    features: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
+    passes: dict[int, list[Entry]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    tokens: list[TokenRecord] = field(default_factory=list)
+    blocks: list[BlockPlace] = field(default_factory=list)
+
+    def add(self, entry: Entry, group: int, file: LogFile, codec_table: Mapping[int, Any]) -> None:
+        """Take a record in; raises `FormatError` where it is malformed."""
+        match entry.opcode:
+            case Opcode.LAYER:
+                info = Layer.decode(entry.header).info
+                self.layers[info.id] = info
+            case Opcode.FEATURES:
+                kept = Features.decode(entry.header, file.payload(entry))
+                self.features[kept.width] = kept.indices
+            case Opcode.PASS:
+                self.passes.setdefault(Pass.peek(entry.header), []).append(entry)
+            case Opcode.TEXT:
+                self.texts.update(Text.decode(entry.header).texts)
+            case Opcode.TOKEN:
+                self.tokens.append(Token.decode(entry.header).record)
+            case Opcode.BLOCK:
+                block = Block.decode(entry.header)
+                if block.layer not in self.layers or block.codec not in codec_table:
+                    msg = (
+                        f"BLOCK names layer {block.layer} and codec {block.codec}; "
+                        "one is not declared"
+                    )
+                    raise FormatError(msg)
+                self.blocks.append(BlockPlace(entry, block, group))
 
 
 def _codec_table(header: Mapping[str, Any]) -> dict[int, Mapping[str, Any] | None]:

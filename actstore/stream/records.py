@@ -129,7 +129,8 @@ class Frame:
         """Compare the frame and its record's header with their checksum."""
         found = crc32c(header, crc32c(self.checked))
         if len(header) != self.header_length or found != self.header_crc:
-            msg = f"CRC-32C of a record's frame and header is {found:#010x}, not {self.header_crc:#010x}"
+            wanted = self.header_crc
+            msg = f"CRC-32C of a record's frame and header is {found:#010x}, not {wanted:#010x}"
             raise FormatError(msg)
 
 
@@ -223,7 +224,10 @@ class Layer:
     @classmethod
     def decode(cls, header: bytes) -> Self:
         """Read the record's header."""
-        found = _load(header, "LAYER")
+        found: dict[str, Any] = _load(header, "LAYER")
+        number: Any
+        name: Any
+        site: Any
         number, name, site = found.get("id"), found.get("name"), found.get("site")
         block, kind = found.get("block", -1), found.get("class", "")
         integers = all(type(value) is int for value in (number, block))
@@ -467,7 +471,9 @@ class Block:
     def decode(cls, header: bytes) -> Self:
         """Read the record's header; the sizes that it declares add up when this returns."""
         cursor = _Cursor(header, "BLOCK")
-        layer, codec, dtype, reserved, width, raw, shape_count, run_count = cursor.unpack(cls._HEAD)
+        layer, codec, dtype, reserved, width, raw, shape_count, run_count = cursor.unpack(
+            cls._HEAD
+        )
         if reserved or raw > BLOCK_LIMIT or shape_count > PACKETS_LIMIT:
             msg = f"BLOCK declares {raw} raw bytes and {shape_count} shapes (limit {BLOCK_LIMIT})"
             raise FormatError(msg)
@@ -660,11 +666,11 @@ class Commit:
     @classmethod
     def decode(cls, header: bytes) -> Self:
         """Read the record's header."""
-        *numbers, boundary = _unpack_whole(cls._HEAD, header, "COMMIT")
+        start, seq, index, step, boundary = _unpack_whole(cls._HEAD, header, "COMMIT")
         if boundary > 1:
             msg = f"COMMIT has a step boundary of {boundary}; wanted 0 or 1"
             raise FormatError(msg)
-        return cls(*numbers, bool(boundary))
+        return cls(start, seq, index, step, bool(boundary))
 
 
 # -- INDEX and END ------------------------------------------------------------------------------

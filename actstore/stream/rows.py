@@ -86,9 +86,7 @@ class RowReader:
         rows = data[begin : begin + size].view(self._dtype.numpy)
         return rows.reshape(count, *self._row_shape)
 
-    def _merge(
-        self, packet: Integers, source: Integers, start: Integers, count: Integers
-    ) -> None:
+    def _merge(self, packet: Integers, source: Integers, start: Integers, count: Integers) -> None:
         """Join segments that stand one behind the other in one block, as decoded tokens do."""
         table = self._reader.table
         target = self._reader.resolve(packet)

@@ -47,7 +47,7 @@ def older_tokens_name(path: Path) -> Path:
 
 
 def token_metadata(reader: StreamReader) -> dict[str, Any] | None:
-    """Give a log's token table: the one beside it, else rebuilt; None where there are no tokens."""
+    """Give a log's token table: the one beside it, else rebuilt; None without tokens."""
     for name in (tokens_name(reader.path), older_tokens_name(reader.path)):
         if name.exists():
             return read_tokens(name)

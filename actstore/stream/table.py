@@ -80,7 +80,7 @@ class PacketTable:
 
     def whole(self) -> NDArray[np.bool_]:
         """Give a mask of the rows that begin a packet: one for each packet."""
-        return self.part == 0
+        return np.equal(self.part, 0)
 
     def select(self, rows: NDArray[np.bool_]) -> PacketTable:
         """Give the table of the rows where a mask is true."""
@@ -94,12 +94,14 @@ class PacketTable:
 
 #: The names of the table's columns.
 COLUMNS: Final = (
-    "seq pass_index call layer dtype shape width alias_of block offset nbytes part parts encoded"
-).split()
+    *("seq", "pass_index", "call", "layer", "dtype", "shape", "width", "alias_of"),
+    *("block", "offset", "nbytes", "part", "parts", "encoded"),
+)
 _RUN_COLUMNS: Final = (
-    "seq pass_index call layer dtype shape width alias_back block offset nbytes part parts "
-    "count seq_step pass_step call_step"
-).split()
+    *("seq", "pass_index", "call", "layer", "dtype", "shape", "width", "alias_back"),
+    *("block", "offset", "nbytes", "part", "parts"),
+    *("count", "seq_step", "pass_step", "call_step"),
+)
 
 
 def build(blocks: Sequence[BlockPlace]) -> PacketTable:
@@ -131,14 +133,17 @@ def build(blocks: Sequence[BlockPlace]) -> PacketTable:
 
 def _runs(block: Block, index: int, shapes: dict[tuple[int, ...], int]) -> list[tuple[int, ...]]:
     itemsize = dtypes.from_code(block.dtype).itemsize
-    rows, offset = [], 0
+    rows: list[tuple[int, ...]] = []
+    offset = 0
     for run in block.runs:
         nbytes = block.packet_bytes(run, itemsize)
         shape = shapes.setdefault(block.shapes[run.shape], len(shapes))
         rows.append(
-            (run.seq, run.pass_index, run.call, block.layer, block.dtype, shape, block.width)
-            + (run.alias_back, index, offset, nbytes, run.part, run.parts)
-            + (run.count, run.seq_step, run.pass_step, run.call_step)
+            (
+                *(run.seq, run.pass_index, run.call, block.layer, block.dtype, shape),
+                *(block.width, run.alias_back, index, offset, nbytes, run.part, run.parts),
+                *(run.count, run.seq_step, run.pass_step, run.call_step),
+            )
         )
         offset += nbytes * run.count
     return rows

@@ -139,9 +139,7 @@ class StreamWriter:
             buffers += [record.frame(self._sync), *record.payload]
             at = entries[-1].end
         directory = records.encode_entries(entries)
-        head = Commit(
-            start, point.next_seq, point.next_pass, point.next_step, point.step_boundary
-        )
+        head = Commit(start, point.next_seq, point.next_pass, point.next_step, point.step_boundary)
         commit = Record.of(Opcode.COMMIT, head.encode(), directory)
         buffers += [commit.frame(self._sync), *commit.payload]
         self._write(buffers)
