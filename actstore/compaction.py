@@ -9,10 +9,13 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,13 +26,14 @@ from numpy.typing import NDArray
 import actstore
 from actstore import codecs, files
 from actstore.archive import layout, shards, store
-from actstore.archive.coordinates import STRING, Coordinate
-from actstore.errors import ArchiveError, ConfigError
+from actstore.archive.coordinates import STRING, Coordinate, pass_columns, token_columns
+from actstore.archive.grid import Shard
+from actstore.errors import ActstoreError, ArchiveError, ConfigError
 from actstore.stream import summary
 from actstore.stream.reader import StreamReader, open_stream
 from actstore.stream.rows import ElementReader, RowReader
 
-__all__ = ["CompactionReport", "compact", "plan_log"]
+__all__ = ["CompactionReport", "compact", "element_reader", "plan_log", "row_reader"]
 
 #: Called with the bytes that are done and those that there are.
 Progress = Callable[[int, int], None]
@@ -54,8 +58,9 @@ class CompactionReport:
         Sites that are not written, and those that hold their values.
     raw_bytes, stored_bytes : int
         Of the values in the model's dtype, aliases not counted, and of the shards' files.
-    shards_verified : int
-        Shards that were read back by zarr-python and compared with the log.
+    shards_verified, chunks_verified : int
+        Shards that were read back by zarr-python and compared with the log, and the inner chunks
+        in them.
     seconds : float
         What it took.
     """
@@ -67,6 +72,7 @@ class CompactionReport:
     raw_bytes: int
     stored_bytes: int
     shards_verified: int
+    chunks_verified: int
     seconds: float
 
     @property
@@ -77,24 +83,33 @@ class CompactionReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """One shard: which rows of which layer of which array, and who reads them."""
+    """One shard to write: of which array, what reads its rows, and whose bytes they are.
+
+    ``place`` is its place on ``layer``, where the array has that; ``owners`` has the raw bytes
+    that each module has in it.
+    """
 
     name: str
-    module: str
     place: tuple[int, ...]
     trailing: int
-    first: int
-    last: int
-    shard_rows: int
-    chunk_rows: int
+    shard: Shard
     fill: Any
-    raw_bytes: int
+    owners: Mapping[str, int]
     read: Callable[[int, int], NDArray[Any]]
 
     @property
-    def grid(self) -> tuple[int, ...]:
+    def path(self) -> tuple[int, ...]:
         """Its place in the grid of shards."""
-        return (*self.place, self.first // self.shard_rows, *(0,) * self.trailing)
+        return (*self.place, self.shard.number, *(0,) * self.trailing)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of its rows that are there, in the model's dtype."""
+        return sum(self.owners.values())
+
+    def rows(self) -> NDArray[Any]:
+        """Read its rows from the log."""
+        return self.read(self.shard.first, self.shard.last)
 
 
 def compact(
@@ -133,23 +148,27 @@ def compact(
     ConfigError
         An argument can't be honoured.
     ArchiveError
-        ``out`` exists, or what was written doesn't read back as the log has it.
+        ``out`` exists, can't be written, or what was written doesn't read back as the log has
+        it.
     MissingFileError, FormatError, StreamCorruptError
         As for `open_stream`.
     """
     began = time.monotonic()
-    path, target = _one(streams), Path(out)
+    path, target = _one(streams), _path(out)
     codecs.check_name(compression)
     _check_workers(workers)
     _check_target(target)
     with open_stream(path) as reader:
         reader.check()
-        partial = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:12]}")
+        folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:12]}")
         try:
-            made = _write(reader, partial, compression, tokenizer, workers, progress)
-            files.replace(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            made = _write(reader, folder, compression, tokenizer, workers, progress)
+            files.replace(folder, target)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, ActstoreError):
+                msg = f"{target} could not be written: {error}; nothing was kept of it"
+                raise ArchiveError(msg) from error
             raise
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)
 
@@ -158,10 +177,9 @@ def plan_log(reader: StreamReader, tokenizer: Any = None) -> layout.Plan:
     """Plan the dataset of a log."""
     texts = dict(reader.token_texts)
     if tokenizer is not None:
-        fed = {
-            int(one) for info in reader.passes for axis in info.axes for one in axis.token_ids.flat
-        }
-        texts |= {one: str(tokenizer.decode([one])) for one in fed - {-1}}
+        parts = [axis.token_ids.ravel() for info in reader.passes for axis in info.axes]
+        fed = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+        texts |= {one: str(tokenizer.decode([one])) for one in fed[fed >= 0].tolist()}
     source = layout.Source(
         tuple(reader.layers.values()),
         reader.passes,
@@ -200,111 +218,109 @@ def _write(
     writer = store.ArchiveWriter(folder)
     jobs = list(_jobs(reader, plan))
     total, done = sum(job.raw_bytes for job in jobs), 0
-    stored: dict[str, int] = {}
-    with ThreadPoolExecutor(workers, "actstore-compact") as pool:
+    stored = Counter[str]()
+    checks = []
+    with _threads(workers) as pool:
         written = pool.map(lambda job: _write_shard(folder, job, compression), jobs)
-        checks = []
         for job, (nbytes, crc) in zip(jobs, written, strict=True):
-            stored[job.module] = stored.get(job.module, 0) + nbytes
-            checks.append(crc)
+            stored.update(_shares(job.owners, nbytes))
+            checks.append((job, crc))
             done += job.raw_bytes
             if progress is not None:
                 progress(done, total)
         _describe_arrays(writer, plan, compression)
-        list(pool.map(lambda one: _verify_shard(folder, *one), zip(jobs, checks, strict=True)))
+        chunks = sum(pool.map(lambda one: _verify_shard(folder, *one), checks))
     _add_labels(writer, plan, reader)
-    analysis = _analysis(reader, stored, compression)
-    rows = _rows(plan)
-    writer.finish(_attributes(reader, plan, analysis, rows, compression))
+    writer.finish(_attributes(reader, plan, stored, compression))
     return {
-        "rows": rows,
+        "rows": plan.rows,
         "variables": (
             *(one.name for one in plan.variables),
             *(one.values_name for one in plan.ragged),
         ),
         "aliases": dict(plan.aliases),
         "raw_bytes": total,
-        "stored_bytes": sum(stored.values()),
+        "stored_bytes": stored.total(),
         "shards_verified": len(jobs),
+        "chunks_verified": chunks,
     }
 
 
+@contextmanager
+def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Give threads; where the context fails, what they have not begun is not begun."""
+    pool = ThreadPoolExecutor(workers, "actstore-compact")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _jobs(reader: StreamReader, plan: layout.Plan) -> Iterator[_Job]:
-    """Give the shards to write: those that hold any row."""
-    for variable in plan.variables:
-        for place, segments in enumerate(variable.segments):
-            rows = row_reader(reader, variable, place)
-            if segments is None or rows is None or 0 in variable.row_shape:
+    """Give the shards to write: those that hold anything."""
+    for one in plan.variables:
+        axis = one.token_axis
+        for place, module in enumerate(one.modules):
+            rows = row_reader(reader, one, place)
+            if rows is None:
                 continue
-            axis = variable.token_axis
-            shard_rows, fill = variable.shards[axis], variable.fill
-            size = int(np.prod(variable.row_shape, dtype=np.int64)) * variable.source.itemsize
-            ends = segments.start + segments.count
-            for first in range(0, variable.rows, shard_rows):
-                last = min(first + shard_rows, variable.rows)
-                inside = np.minimum(ends, last) - np.maximum(segments.start, first)
-                count = int(inside.clip(0).sum())
-                if not count:
-                    continue
-                yield _Job(
-                    variable.name,
-                    variable.modules[place],
-                    (place,) * axis,
-                    len(variable.row_shape),
-                    first,
-                    last,
-                    shard_rows,
-                    variable.chunks[axis],
-                    fill,
-                    count * size,
-                    _filled(rows, fill),
-                )
+            for shard in one.cut(place):
+                owners, trailing = {module: shard.rows * one.row_bytes}, len(one.row_shape)
+                read = partial(rows.read, fill=one.fill)
+                yield _Job(one.name, (place,) * axis, trailing, shard, one.fill, owners, read)
     for ragged in plan.ragged:
-        yield from _ragged_jobs(reader, ragged)
+        elements = element_reader(reader, ragged)
+        for shard in ragged.cut():
+            owners = _ragged_owners(reader, ragged, shard)
+            yield _Job(ragged.values_name, (), 0, shard, 0, owners, elements.read)
 
 
-def _filled(rows: RowReader, fill: Any) -> Callable[[int, int], NDArray[Any]]:
-    return lambda first, last: rows.read(first, last, fill)
+def _ragged_owners(reader: StreamReader, ragged: layout.Ragged, shard: Shard) -> dict[str, int]:
+    """Give the raw bytes that each module has in a shard of a ragged array."""
+    names = {info.id: info.name for info in reader.layers.values()}
+    ends = np.append(ragged.offsets[1:], ragged.size)
+    inside = np.minimum(ends, shard.last) - np.maximum(ragged.offsets, shard.first)
+    layers = reader.table.layer[ragged.packets]
+    nbytes = inside.clip(0) * ragged.source.itemsize
+    return {names[one]: int(nbytes[layers == one].sum()) for one in np.unique(layers).tolist()}
 
 
-def _ragged_jobs(reader: StreamReader, ragged: layout.Ragged) -> Iterator[_Job]:
-    elements = element_reader(reader, ragged)
-    length = ragged.shards[0]
-    for first in range(0, ragged.size, length):
-        last = min(first + length, ragged.size)
-        yield _Job(
-            ragged.values_name,
-            f"{ragged.site} (ragged)",
-            (),
-            0,
-            first,
-            last,
-            length,
-            ragged.chunks[0],
-            0,
-            (last - first) * ragged.source.itemsize,
-            elements.read,
-        )
+def _shares(owners: Mapping[str, int], nbytes: int) -> dict[str, int]:
+    """Divide the bytes of a file by raw size, summing exactly."""
+    total, before, result = sum(owners.values()), 0, {}
+    for name, raw in owners.items():
+        result[name] = (before + raw) * nbytes // total - before * nbytes // total
+        before += raw
+    return result
 
 
 def _write_shard(folder: Path, job: _Job, compression: str) -> tuple[int, int]:
     """Write a shard; give the bytes of its file, and the CRC-32C of its rows."""
-    rows = job.read(job.first, job.last)
-    count = job.shard_rows // job.chunk_rows
-    buffers = shards.encode_shard(rows, job.chunk_rows, count, job.fill, compression)
-    nbytes = shards.write_shard(store.shard_path(folder, job.name, job.grid), buffers)
+    rows, shard = job.rows(), job.shard
+    buffers = shards.encode_shard(rows, shard.chunk_rows, shard.present, job.fill, compression)
+    nbytes = shards.write_shard(store.shard_path(folder, job.name, job.path), buffers)
     return nbytes, _crc(rows)
 
 
-def _verify_shard(folder: Path, job: _Job, crc: int) -> None:
-    """Read a shard back by zarr-python and compare it with the log's rows."""
-    found = store.read_rows(folder, job.name, job.place, job.first, job.last)
+def _verify_shard(folder: Path, job: _Job, crc: int) -> int:
+    """Read a shard back by zarr-python, compare it with the log's rows, and count its chunks."""
+    shard = job.shard
+    try:
+        found = store.read_rows(folder, job.name, job.place, shard.first, shard.last)
+    except (ValueError, RuntimeError) as error:
+        raise _unverified(job) from error
     if _crc(found) != crc:
-        msg = (
-            f"{job.name} at {job.place}, rows {job.first} to {job.last}, doesn't read back as the "
-            "log has it; nothing was kept of this archive: check the disk, and compact again"
-        )
-        raise ArchiveError(msg)
+        raise _unverified(job)
+    return int(shard.present.sum())
+
+
+def _unverified(job: _Job) -> ArchiveError:
+    msg = (
+        f"{job.name} at {job.place}, rows {job.shard.first} to {job.shard.last}, doesn't read "
+        "back as the log has it; nothing was kept of this archive: check the disk, and compact "
+        "again"
+    )
+    return ArchiveError(msg)
 
 
 def _crc(rows: NDArray[Any]) -> int:
@@ -313,7 +329,6 @@ def _crc(rows: NDArray[Any]) -> int:
 
 def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, compression: str) -> None:
     for one in plan.variables:
-        attributes = variable_attributes(one)
         writer.add_array(
             one.name,
             one.dims,
@@ -322,7 +337,7 @@ def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, compression
             chunks=one.chunks,
             shards=one.shards,
             compression=compression,
-            attributes=attributes,
+            attributes=one.attributes,
         )
     for ragged in plan.ragged:
         writer.add_array(
@@ -333,13 +348,8 @@ def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, compression
             chunks=ragged.chunks,
             shards=ragged.shards,
             compression=compression,
-            attributes={"site": ragged.site, "source_dtype": ragged.source.name},
+            attributes=ragged.attributes,
         )
-
-
-def variable_attributes(one: layout.Variable) -> dict[str, Any]:
-    """Give the attributes of a variable, in an archive and over a log."""
-    return {"site": one.site, "source_dtype": one.source.name, "modules": list(one.modules)}
 
 
 def _add_labels(writer: store.ArchiveWriter, plan: layout.Plan, reader: StreamReader) -> None:
@@ -349,48 +359,23 @@ def _add_labels(writer: store.ArchiveWriter, plan: layout.Plan, reader: StreamRe
             writer.add_text(coordinate)
     for variable in plan.variables:
         if variable.partial:
-            dims = variable.dims[: variable.token_axis + 1]
-            writer.add_small(Coordinate(f"{variable.name}_present", dims, variable.present()))
-    for group, columns in (("tokens", _token_columns(reader)), ("passes", _pass_columns(reader))):
+            writer.add_small(variable.present())
+    tables = (
+        ("tokens", "token", token_columns(reader.tokens)),
+        ("passes", "pass", pass_columns(reader.passes)),
+    )
+    for group, dim, columns in tables:
         for name, values in columns.items():
-            writer.add_small(Coordinate(name, (group.removesuffix("s"),), values), group=group)
-
-
-def _token_columns(reader: StreamReader) -> dict[str, NDArray[Any]]:
-    """Give what ``record_token`` was told, as columns."""
-    tokens = reader.tokens
-    return {
-        "step": np.array([one.step for one in tokens], np.int64),
-        "token_id": np.array([one.token_id for one in tokens], np.int64),
-        "token_text": np.array([one.token_text for one in tokens], STRING),
-        "position": np.array(
-            [np.nan if one.position is None else one.position for one in tokens], np.float64
-        ),
-        "pass_index": np.array([one.pass_index for one in tokens], np.int64),
-        "time": np.array([one.time for one in tokens], np.float64),
-    }
-
-
-def _pass_columns(reader: StreamReader) -> dict[str, NDArray[Any]]:
-    passes = reader.passes
-    return {
-        "index": np.array([one.index for one in passes], np.int64),
-        "entry": np.array([one.entry for one in passes], STRING),
-        "aborted": np.array([one.aborted for one in passes], np.bool_),
-        "logits_to_keep": np.array([one.logits_to_keep for one in passes], np.int64),
-    }
+            writer.add_small(Coordinate(name, (dim,), values), group=group)
 
 
 def _analysis(reader: StreamReader, stored: Mapping[str, int], compression: str) -> dict[str, Any]:
     """Give what ``analyze_activations`` says of the archive: the log's counts, its own bytes."""
     found = summary.summarise(reader)
+    del found["stream_path"]
     for name, layer in found["per_layer"].items():
         layer["bytes"] = stored.get(name, 0)
-    for name, nbytes in stored.items():
-        if name not in found["per_layer"]:
-            found["per_layer"][name] = {"count": 0, "bytes": nbytes}
-    total = sum(stored.values())
-    raw = found["total_raw_bytes"]
+    total, raw = sum(stored.values()), found["total_raw_bytes"]
     return found | {
         "compression": compression,
         "total_compressed_bytes": total,
@@ -398,30 +383,19 @@ def _analysis(reader: StreamReader, stored: Mapping[str, int], compression: str)
     }
 
 
-def _rows(plan: layout.Plan) -> dict[str, int]:
-    return {
-        one.dims[0]: len(one.values) for one in plan.coordinates if one.name.endswith("batch_item")
-    }
-
-
 def _attributes(
-    reader: StreamReader,
-    plan: layout.Plan,
-    analysis: Mapping[str, Any],
-    rows: Mapping[str, int],
-    compression: str,
+    reader: StreamReader, plan: layout.Plan, stored: Mapping[str, int], compression: str
 ) -> dict[str, Any]:
     labels = [one.name for one in plan.coordinates if one.dims != (one.name,)]
-    analysis = {name: value for name, value in analysis.items() if name != "stream_path"}
     return {
         "format": store.FORMAT,
         "format_version": store.VERSION,
         "coordinates": " ".join(labels),
-        "rows": dict(rows),
+        "rows": dict(plan.rows),
         "aliases": dict(plan.aliases),
         "compression": compression,
         "run": dict(reader.header),
-        "analysis": analysis,
+        "analysis": _analysis(reader, stored, compression),
         "provenance": {
             "writer": {"name": "actstore", "version": actstore.__version__},
             "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -440,10 +414,19 @@ def _attributes(
 def _one(streams: Pathlike | Sequence[Pathlike]) -> Path:
     if isinstance(streams, str | os.PathLike):
         return Path(streams)
-    if len(streams) != 1:
-        msg = f"compact takes one log for now; got {len(streams)}: compact each by itself"
+    if not isinstance(streams, Sequence) or len(streams) != 1:
+        found = len(streams) if isinstance(streams, Sequence) else repr(streams)
+        msg = f"compact takes the path of one log for now; got {found}: compact each by itself"
         raise ConfigError(msg)
-    return Path(streams[0])
+    return _path(streams[0])
+
+
+def _path(given: Pathlike) -> Path:
+    try:
+        return Path(given)
+    except TypeError:
+        msg = f"a path must be a str or a path object; got {given!r}"
+        raise ConfigError(msg) from None
 
 
 def _check_workers(workers: int) -> None:
@@ -453,7 +436,7 @@ def _check_workers(workers: int) -> None:
 
 
 def _check_target(target: Path) -> None:
-    if target.exists():
+    if target.exists() or target.is_symlink():
         msg = f"{target} exists, and is not overwritten; give another name, or remove it"
         raise ArchiveError(msg)
     if not target.parent.is_dir():

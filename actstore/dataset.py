@@ -11,7 +11,7 @@ import threading
 from collections.abc import Hashable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import xarray as xr
@@ -20,14 +20,17 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from actstore.archive import layout, store
-from actstore.compaction import element_reader, plan_log, row_reader, variable_attributes
-from actstore.errors import ConfigError, FormatError, MissingFileError
+from actstore.compaction import element_reader, plan_log, row_reader
+from actstore.errors import ConfigError, FormatError, MissingFileError, UnsupportedVersionError
 from actstore.stream.reader import StreamReader
 from actstore.stream.recover import is_log
 
 __all__ = ["is_dataset", "open_dataset", "open_lazily"]
 
 Chunks = Literal["auto"] | Mapping[Any, Any] | int | None
+
+#: Containers of later versions, by how their names end.
+_LATER: Final = {".zip": "zipped archives", ".h5": "HDF5 files", ".hdf5": "HDF5 files"}
 
 
 def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Dataset:
@@ -60,11 +63,15 @@ def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Da
         It is a damaged log.
     """
     dataset = open_lazily(path)
-    if isinstance(chunks, str) and chunks == "auto":
-        if find_spec("dask") is None:
-            return dataset
-        return _by_shards(dataset)
-    return dataset if chunks is None else dataset.chunk(chunks)
+    if chunks is None or (chunks == "auto" and find_spec("dask") is None):
+        return dataset
+    try:
+        chunked = _by_shards(dataset) if chunks == "auto" else dataset.chunk(chunks)
+    except BaseException:
+        dataset.close()
+        raise
+    chunked.set_close(dataset.close)
+    return chunked
 
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
@@ -84,13 +91,12 @@ def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
         msg = f"nothing at {place}: give the path of a .stream log or of an archive"
         raise MissingFileError(msg)
     if place.is_dir():
-        store.read_attributes(place)
+        _check_archive(place)
         return store.open_xarray(place)
     if not is_log(place):
-        msg = (
-            f"{place} is neither a .stream log nor an archive (a Zarr folder); zip archives and "
-            "HDF5 files can't be opened yet"
-        )
+        later = _LATER.get(place.suffix.lower())
+        hint = f"; {later} can't be opened yet" if later else ""
+        msg = f"{place} is neither a .stream log nor an archive, which is a Zarr folder{hint}"
         raise FormatError(msg)
     reader = StreamReader(place)
     try:
@@ -101,41 +107,41 @@ def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
         raise
 
 
+def _check_archive(folder: Path) -> None:
+    try:
+        store.read_attributes(folder)
+    except UnsupportedVersionError:
+        raise
+    except FormatError as error:
+        msg = f"{folder} is a folder, so no .stream log; {error}"
+        raise FormatError(msg) from error
+
+
 def _by_shards(dataset: xr.Dataset) -> xr.Dataset:
     """Chunk each variable by its own shards."""
-    chunked: dict[Hashable, xr.Variable] = {}
-    for name, variable in dataset.data_vars.items():
+    chunked = dataset.copy()
+    for name, variable in dataset.variables.items():
         shape = variable.encoding.get("shards") or variable.encoding.get("chunks")
-        if shape and variable.size:
+        if name in dataset.data_vars and shape and variable.size:
             sizes = dict(zip(variable.dims, shape, strict=True))
-            chunked[name] = variable.variable.chunk(sizes)
-    result = dataset.assign({name: (one.dims, one.data) for name, one in chunked.items()})
-    for name in chunked:
-        result[name].attrs = dataset[name].attrs
-        result[name].encoding = dataset[name].encoding
-    result.set_close(dataset.close)
-    return result
+            chunked[name] = variable.chunk(sizes)
+    return chunked
 
 
 def _over_log(reader: StreamReader) -> xr.Dataset:
     plan = plan_log(reader)
     variables: dict[Hashable, Any] = {}
-    lock = threading.Lock()
     for one in plan.variables:
-        array = _Rows(reader, one, lock)
-        encoding = {"shards": one.shards, "chunks": one.chunks}
-        variables[one.name] = _lazy(one.dims, array, variable_attributes(one), encoding)
+        variables[one.name] = _lazy(one, _Rows(reader, one))
         if one.partial:
-            dims = one.dims[: one.token_axis + 1]
-            variables[f"{one.name}_present"] = xr.Variable(dims, one.present())
+            present = one.present()
+            variables[present.name] = xr.Variable(present.dims, present.values)
     for ragged in plan.ragged:
-        elements = _Elements(reader, ragged, lock)
-        attributes = {"site": ragged.site, "source_dtype": ragged.source.name}
-        encoding = {"shards": ragged.shards, "chunks": ragged.chunks}
-        variables[ragged.values_name] = _lazy(ragged.dims, elements, attributes, encoding)
+        variables[ragged.values_name] = _lazy(ragged, _Elements(reader, ragged))
     labels = {one.name: (one.dims, one.values) for one in plan.coordinates}
     about = {
         "format": store.FORMAT,
+        "rows": dict(plan.rows),
         "aliases": dict(plan.aliases),
         "run": dict(reader.header),
     }
@@ -144,23 +150,21 @@ def _over_log(reader: StreamReader) -> xr.Dataset:
     return dataset
 
 
-def _lazy(
-    dims: tuple[str, ...], array: BackendArray, attributes: Mapping[str, Any], encoding: Any
-) -> xr.Variable:
-    return xr.Variable(dims, indexing.LazilyIndexedArray(array), attributes, encoding)
+def _lazy(one: layout.Variable | layout.Ragged, array: BackendArray) -> xr.Variable:
+    preferred = dict(zip(one.dims, one.shards, strict=True))
+    encoding = {"shards": one.shards, "chunks": one.chunks, "preferred_chunks": preferred}
+    return xr.Variable(one.dims, indexing.LazilyIndexedArray(array), one.attributes, encoding)
 
 
 class _Rows(BackendArray):
     """A variable of a log: reads the rows that are asked for, and no others."""
 
-    def __init__(
-        self, reader: StreamReader, variable: layout.Variable, lock: threading.Lock
-    ) -> None:
+    def __init__(self, reader: StreamReader, variable: layout.Variable) -> None:
         self.shape = variable.shape
         self.dtype = variable.dtype
         self._reader = reader
         self._variable = variable
-        self._lock = lock
+        self._lock = threading.Lock()
         self._readers: dict[int, Any] = {}
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
@@ -169,18 +173,19 @@ class _Rows(BackendArray):
         )
 
     def _read(self, key: tuple[Any, ...]) -> NDArray[Any]:
-        variable, axis = self._variable, self._variable.token_axis
+        """Read what an outer index asks for: of each dimension an int, a slice or an array."""
+        axis = self._variable.token_axis
         rows = _positions(key[axis], self.shape[axis])
-        rest = key[axis + 1 :]
-        if not variable.layered:
-            found = self._layer(0, rows)[(slice(None), *_outer(rest))]
-            return found[0] if _single(key[0]) else found
-        places = _positions(key[0], self.shape[0])
-        parts = [self._layer(place, rows)[(slice(None), *_outer(rest))] for place in places]
-        shape = (0, len(rows), *(len(range(n)) for n in variable.row_shape))
-        found = np.stack(parts) if parts else np.empty(shape, self.dtype)
-        found = found[:, 0] if _single(key[1]) else found
-        return found[0] if _single(key[0]) else found
+        places = _positions(key[0], self.shape[0]) if axis else np.zeros(1, np.int64)
+        parts = [_pick(self._layer(place, rows), key[axis + 1 :]) for place in places.tolist()]
+        if parts:
+            found = np.stack(parts)
+        else:
+            row = np.empty((0, *self._variable.row_shape), self.dtype)
+            found = np.empty((0, rows.size, *_pick(row, key[axis + 1 :]).shape[1:]), self.dtype)
+        if isinstance(key[axis], int | np.integer):
+            found = found[:, 0]
+        return found if axis and not isinstance(key[0], int | np.integer) else found[0]
 
     def _layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         variable = self._variable
@@ -197,11 +202,10 @@ class _Rows(BackendArray):
 class _Elements(BackendArray):
     """The values of a ragged array of a log."""
 
-    def __init__(self, reader: StreamReader, ragged: layout.Ragged, lock: threading.Lock) -> None:
+    def __init__(self, reader: StreamReader, ragged: layout.Ragged) -> None:
         self.shape = (ragged.size,)
         self.dtype = ragged.source.array
         self._elements = element_reader(reader, ragged)
-        self._lock = lock
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(
@@ -212,20 +216,14 @@ class _Elements(BackendArray):
         places = _positions(key[0], self.shape[0])
         parts = [self._elements.read(int(run[0]), int(run[-1]) + 1) for run in _runs(places)]
         found = np.concatenate(parts) if parts else np.empty(0, self.dtype)
-        return found[0] if _single(key[0]) else found
-
-
-def _single(key: Any) -> bool:
-    return isinstance(key, int | np.integer)
+        return found[0] if isinstance(key[0], int | np.integer) else found
 
 
 def _positions(key: Any, length: int) -> NDArray[np.int64]:
     """Give the positions that one key of an outer index asks for."""
-    if _single(key):
-        return np.array([key], np.int64) % length
     if isinstance(key, slice):
         return np.arange(*key.indices(length))
-    return np.asarray(key, np.int64) % max(length, 1)
+    return np.atleast_1d(np.asarray(key, np.int64)) % max(length, 1)
 
 
 def _runs(positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -235,9 +233,8 @@ def _runs(positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
 
 
-def _outer(keys: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Make an outer index of features one that NumPy takes: at most one array at a time."""
-    if sum(not _single(key) and not isinstance(key, slice) for key in keys) <= 1:
-        return keys
-    msg = "two arrays index the features of a row; index one dimension after the other"
-    raise ConfigError(msg)
+def _pick(rows: NDArray[Any], keys: tuple[Any, ...]) -> NDArray[Any]:
+    """Apply an outer index to the features of rows, one dimension after the other."""
+    for axis, key in reversed(list(enumerate(keys, start=1))):
+        rows = rows[(slice(None),) * axis + (key,)]
+    return rows

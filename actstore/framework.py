@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +112,20 @@ class InstrumentationFramework:
             msg = f"instrument_model wants a tokenizer with decode([id]); got {tokenizer!r}"
             raise ConfigError(msg)
         select(model, self.config.granularity, hooks)  # raises where there is nothing to hook
-        given = name if name is not None else f"model{len(self._models)}"
-        self._models[id(model)] = Instrumented(model, hooks, tokenizer, given)
+        self._models[id(model)] = Instrumented(model, hooks, tokenizer, self._named(model, name))
+
+    def _named(self, model: torch.nn.Module, name: str | None) -> str:
+        """Give a model's name among the instrumented ones: as given, else a free one."""
+        taken = {one.name for one in self._models.values() if one.model is not model}
+        if name is None:
+            return next(free for n in count() if (free := f"model{n}") not in taken)
+        if not isinstance(name, str) or not name:
+            msg = f"instrument_model wants name as a str that is not empty; got {name!r}"
+            raise ConfigError(msg)
+        if name in taken:
+            msg = f"another model is instrumented by the name {name!r}; give each its own"
+            raise ConfigError(msg)
+        return name
 
     @contextmanager
     def capture_activations(
@@ -268,10 +281,10 @@ def analyze_activations_with_tokens(
         if metadata is None:
             return found
         found["token_metadata"] = metadata
-        count = metadata["total_tokens"]
-        if count and found["packets"]:
-            found["packets_per_token"] = found["packets"] / count
-            found["bytes_per_token"] = found["total_compressed_bytes"] / count
+        tokens = metadata["total_tokens"]
+        if tokens and found["packets"]:
+            found["packets_per_token"] = found["packets"] / tokens
+            found["bytes_per_token"] = found["total_compressed_bytes"] / tokens
         found["per_token"] = summary.summarise_tokens(reader)
     return found
 

@@ -6,6 +6,7 @@ guessed by size where two axes match.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -13,16 +14,30 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import dtypes
+from actstore.archive.grid import Segments
 from actstore.packet import Axis, LayerInfo, PassInfo
 
-__all__ = ["Aligned", "Alignment", "Packets", "RowTable", "align", "merge_aliases"]
+__all__ = [
+    "CANONICAL",
+    "Aligned",
+    "Alignment",
+    "Loose",
+    "Packets",
+    "RowTable",
+    "align",
+    "axes_of",
+    "merge_aliases",
+    "packets_of",
+]
 
 Integers = NDArray[np.int64]
 
+#: Of sites that hold the same, the first of these names it.
+CANONICAL: Final = ("embed", "resid", "attn", "cross_attn", "mlp", "final_norm", "logits")
 #: Sites whose packets may hold only the last ``logits_to_keep`` positions.
 _HEADS: Final = ("logits", "output")
-#: Of sites that hold the same, the first of these names it.
-_CANONICAL: Final = ("embed", "resid", "attn", "cross_attn", "mlp", "final_norm", "logits")
+_ROW_LIMIT: Final = 1 << 30  # bytes: an inner chunk holds at least one row, and Blosc 2 GiB
 
 
 class Packets(Protocol):
@@ -56,20 +71,26 @@ class RowTable:
 
     Attributes
     ----------
-    axis : str
-        Its name.
+    dim, prefix : str
+        The dimension's name, and what its coordinates' names begin with.
     rows : int
         How many, in all passes.
-    start : mapping of int to int
-        Pass -> its first row.
-    shapes : mapping of int to Axis
-        Pass -> its axis.
+    passes, starts : numpy.ndarray
+        int64: the passes that have rows, ascending, and the first row of each.
+    axes : tuple of Axis
+        The axis of each.
     """
 
-    axis: str
+    dim: str
+    prefix: str
     rows: int
-    start: Mapping[int, int]
-    shapes: Mapping[int, Axis]
+    passes: Integers
+    starts: Integers
+    axes: tuple[Axis, ...]
+
+    def start_of(self, passes: Integers) -> Integers:
+        """Give the first rows of passes that have rows."""
+        return self.starts[np.searchsorted(self.passes, passes)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +102,7 @@ class Aligned:
     info : LayerInfo
         The layer.
     axis : str
-        The token axis.
+        The token axis, as the log names it.
     trailing : tuple of int
         The shape of a row.
     dtype : int
@@ -90,8 +111,8 @@ class Aligned:
         The width before sampling, or 0.
     call : int
         The how-manieth firing in its pass.
-    segments : tuple of numpy.ndarray
-        Packet, source, start, count; sorted by start.
+    segments : Segments
+        Where the rows come from; at least one.
     """
 
     info: LayerInfo
@@ -100,7 +121,7 @@ class Aligned:
     dtype: int
     width: int
     call: int
-    segments: tuple[Integers, Integers, Integers, Integers]
+    segments: Segments
 
     @property
     def form(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -109,20 +130,62 @@ class Aligned:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Loose:
+    """Packets of one site and dtype that don't align.
+
+    Attributes
+    ----------
+    site : str
+        The site.
+    dtype : int
+        dtype code.
+    rows : numpy.ndarray
+        int64: rows of the packet table, in capture order.
+    blocks : numpy.ndarray
+        int64: the block index of each one's layer, or -1.
+    modules : mapping of int to str
+        Block index -> the layer's name.
+    """
+
+    site: str
+    dtype: int
+    rows: Integers
+    blocks: Integers
+    modules: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Alignment:
-    """What aligns, and what doesn't: (site, dtype code, packets, block of each)."""
+    """What aligns, and what doesn't."""
 
     aligned: tuple[Aligned, ...]
-    ragged: tuple[tuple[str, int, Integers, Integers], ...]
+    loose: tuple[Loose, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """How packets of one shape lie on an axis."""
+    """How packets of one shape lie on an axis: of each item, the last ``last`` rows."""
 
     axis: Axis
     last: int
     trailing: tuple[int, ...]
+
+
+def axes_of(info: PassInfo) -> dict[str, Axis]:
+    """Give the axes of a pass by name: those that have rows, the first of a name."""
+    found: dict[str, Axis] = {}
+    for axis in info.axes:
+        if axis.rows:
+            found.setdefault(axis.name, axis)
+    return found
+
+
+def packets_of(packets: Packets) -> dict[int, Integers]:
+    """Give each layer's packets: rows of the table, in capture order, one for each packet."""
+    whole = np.flatnonzero(packets.part == 0)
+    order = whole[np.argsort(packets.layer[whole], kind="stable")]
+    ids, starts = np.unique(packets.layer[order], return_index=True)
+    return dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=False))
 
 
 def align(
@@ -131,98 +194,136 @@ def align(
     tables: Mapping[str, RowTable],
     packets: Packets,
 ) -> Alignment:
-    """Sort the packets of some layers into rows of the token axes, and ragged ones."""
-    whole = np.flatnonzero(packets.part == 0)
-    kinds = _pass_kinds(passes)
-    kind_of_pass = np.full(max((one.index for one in passes), default=-1) + 2, -1, np.int64)
-    for index, (kind, _) in kinds.items():
-        kind_of_pass[index] = kind
-    example = dict(kinds.values())
+    """Sort the packets of some layers into rows of the token axes, and loose ones.
+
+    Parameters
+    ----------
+    layers : sequence of LayerInfo
+        No two of them with the same site and block.
+    passes : sequence of PassInfo
+        In the order of their indices.
+    tables : mapping of str to RowTable
+        The rows of each axis, by the name that the log gives it.
+    packets : Packets
+        Their table.
+    """
+    kinds = _Kinds(passes)
+    rows_of = packets_of(packets)
     aligned: list[Aligned] = []
-    ragged: dict[tuple[str, int], list[tuple[Integers, int]]] = {}
+    loose: dict[tuple[str, int], list[tuple[Integers, LayerInfo]]] = {}
     for info in layers:
-        rows = whole[packets.layer[whole] == info.id]
-        kind = kind_of_pass[np.minimum(packets.pass_index[rows], kind_of_pass.size - 1)]
-        columns = (kind, packets.shape[rows], packets.dtype[rows], packets.width[rows])
-        keys = np.stack((*columns, packets.call[rows]), axis=1)
-        forms: dict[tuple[object, ...], list[tuple[Integers, _Fit]]] = {}
-        unique, inverse = np.unique(keys, axis=0, return_inverse=True)
-        for number, (one, shape, code, width, call) in enumerate(unique.tolist()):
-            mine = rows[inverse.reshape(-1) == number]
-            fit = _fit(packets.shapes[shape], example.get(one), info)
-            if fit is None:
-                ragged.setdefault((info.site, code), []).append((mine, info.block))
+        forms: dict[tuple[str, tuple[int, ...], int, int, int], list[tuple[Integers, _Fit]]] = {}
+        for mine, example, shape, code, width, call in _alike(info, rows_of, packets, kinds):
+            fit = _fit(packets.shapes[shape], example, info.site)
+            if fit is None or not _holds_rows(fit, code):
+                loose.setdefault((info.site, code), []).append((mine, info))
             else:
                 form = (fit.axis.name, fit.trailing, code, width, call)
                 forms.setdefault(form, []).append((mine, fit))
         for (axis, trailing, code, width, call), found in forms.items():
-            table = tables[str(axis)]
-            segments = _segments(found, table, packets)
-            aligned.append(Aligned(info, axis, trailing, code, width, call, segments))  # type: ignore[arg-type]
-    return Alignment(tuple(aligned), tuple(_ragged(key, mine) for key, mine in ragged.items()))
+            segments = _segments(found, tables[axis], packets)
+            aligned.append(Aligned(info, axis, trailing, code, width, call, segments))
+    return Alignment(tuple(aligned), tuple(_loose(*key, mine) for key, mine in loose.items()))
 
 
-def _pass_kinds(passes: Sequence[PassInfo]) -> dict[int, tuple[int, PassInfo]]:
-    """Sort the passes by what their packets can align with: axes and ``logits_to_keep``."""
-    numbers: dict[object, int] = {}
-    kinds = {}
-    for info in passes:
-        axes = tuple((one.name, one.batch, one.sequence, one.flat) for one in info.axes)
-        kinds[info.index] = (numbers.setdefault((axes, info.logits_to_keep), len(numbers)), info)
-    return kinds
+class _Kinds:
+    """Sorts passes by what their packets can align with: axes and ``logits_to_keep``."""
+
+    def __init__(self, passes: Sequence[PassInfo]) -> None:
+        numbers: dict[object, int] = {}
+        self.examples: dict[int, PassInfo] = {}
+        kinds = []
+        for info in passes:
+            axes = tuple((one.name, one.batch, one.sequence, one.flat) for one in info.axes)
+            kind = numbers.setdefault((axes, info.logits_to_keep), len(numbers))
+            self.examples.setdefault(kind, info)
+            kinds.append(kind)
+        self._index = np.array([info.index for info in passes], np.int64)
+        self._kinds = np.array(kinds, np.int64)
+
+    def of(self, passes: Integers) -> Integers:
+        """Give the kinds of passes; -1 where a pass is not known."""
+        if not self._index.size:
+            return np.full(passes.size, -1, np.int64)
+        place = np.searchsorted(self._index, passes).clip(max=self._index.size - 1)
+        return np.where(self._index[place] == passes, self._kinds[place], -1)
 
 
-def _fit(shape: tuple[int, ...], info: PassInfo | None, layer: LayerInfo) -> _Fit | None:
+def _alike(
+    info: LayerInfo, rows_of: Mapping[int, Integers], packets: Packets, kinds: _Kinds
+) -> list[tuple[Integers, PassInfo | None, int, int, int, int]]:
+    """Put a layer's packets together by all that decides where they go.
+
+    Of two packets that claim to be the same firing, the later goes with no pass.
+    """
+    rows = rows_of.get(info.id, np.zeros(0, np.int64))
+    index, calls = packets.pass_index[rows], packets.call[rows]
+    order = np.lexsort((rows, calls, index))
+    again = np.zeros(rows.size, np.bool_)
+    again[order[1:]] = (np.diff(index[order]) == 0) & (np.diff(calls[order]) == 0)
+    kind = np.where(again, -1, kinds.of(index))
+    columns = (kind, packets.shape[rows], packets.dtype[rows], packets.width[rows], calls)
+    unique, inverse = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
+    return [
+        (rows[inverse.reshape(-1) == number], kinds.examples.get(one), shape, code, width, call)
+        for number, (one, shape, code, width, call) in enumerate(unique.tolist())
+    ]
+
+
+def _fit(shape: tuple[int, ...], info: PassInfo | None, site: str) -> _Fit | None:
     """Lay a shape on the one axis of a pass that it fits; None where there is doubt."""
     if info is None:
         return None
-    found = [fit for axis in info.axes if (fit := _lay(shape, axis, info, layer.site))]
+    axes = axes_of(info).values()
+    found = [fit for axis in axes if (fit := _lay(shape, axis, info.logits_to_keep, site))]
     if len(found) > 1:  # of two axes of one size, the site's own name decides
-        side = layer.site.partition("_")[0]
+        side = site.partition("_")[0]
         found = [fit for fit in found if fit.axis.name == f"{side}_token"]
     return found[0] if len(found) == 1 else None
 
 
-def _lay(shape: tuple[int, ...], axis: Axis, info: PassInfo, site: str) -> _Fit | None:
+def _lay(shape: tuple[int, ...], axis: Axis, keep: int, site: str) -> _Fit | None:
     batch, sequence = axis.batch, axis.sequence
     if not axis.flat and shape[:2] == (batch, sequence):
         return _Fit(axis, sequence, shape[2:])
     if (axis.flat or sequence > 1) and shape[:1] == (batch * sequence,):
         return _Fit(axis, sequence, shape[1:])
-    keep = info.logits_to_keep
     if site in _HEADS and 0 < keep < sequence and shape[:2] == (batch, keep):
         return _Fit(axis, keep, shape[2:])
     return None
 
 
+def _holds_rows(fit: _Fit, code: int) -> bool:
+    """Whether a row is something that an array can hold: neither nothing nor beyond a chunk."""
+    size = math.prod(fit.trailing) * dtypes.from_code(code).array.itemsize
+    return 0 < size <= _ROW_LIMIT
+
+
 def _segments(
     found: Sequence[tuple[Integers, _Fit]], table: RowTable, packets: Packets
-) -> tuple[Integers, Integers, Integers, Integers]:
+) -> Segments:
     """Give where the rows of packets come from; of a head with the last rows only, per item."""
     parts = []
     for mine, fit in found:
         batch, sequence, last = fit.axis.batch, fit.axis.sequence, fit.last
-        starts = np.array([table.start[index] for index in packets.pass_index[mine].tolist()])
         items, count = (1, batch * sequence) if last == sequence else (batch, last)
         item = np.arange(items)
         source = np.broadcast_to(item * last, (mine.size, items))
-        offset = item * sequence + sequence - last
-        start = starts.reshape(-1, 1) + offset
+        starts = table.start_of(packets.pass_index[mine])
+        start = starts.reshape(-1, 1) + (item * sequence + sequence - last)
         packet = np.broadcast_to(mine.reshape(-1, 1), start.shape)
         parts.append((packet.ravel(), source.ravel(), start.ravel(), np.full(start.size, count)))
     columns = [np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True)]
     order = np.argsort(columns[2], kind="stable")
-    order = order[columns[3][order] > 0]
-    return columns[0][order], columns[1][order], columns[2][order], columns[3][order]
+    return Segments(*(column[order] for column in columns))
 
 
-def _ragged(
-    key: tuple[str, int], mine: Sequence[tuple[Integers, int]]
-) -> tuple[str, int, Integers, Integers]:
+def _loose(site: str, code: int, mine: Sequence[tuple[Integers, LayerInfo]]) -> Loose:
     rows = np.concatenate([rows for rows, _ in mine])
-    blocks = np.concatenate([np.full(rows.size, block, np.int64) for rows, block in mine])
+    blocks = np.concatenate([np.full(rows.size, info.block, np.int64) for rows, info in mine])
     order = np.argsort(rows, kind="stable")
-    return *key, rows[order], blocks[order]
+    modules = {info.block: info.name for _, info in mine}
+    return Loose(site, code, rows[order], blocks[order], modules)
 
 
 def merge_aliases(layers: Sequence[LayerInfo], packets: Packets) -> dict[str, str]:
@@ -233,16 +334,18 @@ def merge_aliases(layers: Sequence[LayerInfo], packets: Packets) -> dict[str, st
     dict
         Site -> the site that is written for it; the canonical name wins.
     """
-    whole = np.flatnonzero(packets.part == 0)
+    rows_of = packets_of(packets)
     info_of = {info.id: info for info in layers}
-    pairs: dict[str, str] = {}
     sites: dict[str, list[LayerInfo]] = {}
     for info in layers:
         sites.setdefault(info.site, []).append(info)
+    pairs: dict[str, str] = {}
     for site, mine in sites.items():
-        target = _only_target(mine, sites, info_of, packets, whole)
-        if target is not None:
-            pairs[site] = target
+        targets = [_target(info, info_of, packets, rows_of) for info in mine]
+        names = {target.site if target else None for target in targets}
+        name = names.pop() if len(names) == 1 else None
+        if name is not None and name != site and len(targets) == len(sites[name]):
+            pairs[site] = name
     groups: dict[str, list[str]] = {}
     for site in pairs:
         end = site
@@ -251,32 +354,19 @@ def merge_aliases(layers: Sequence[LayerInfo], packets: Packets) -> dict[str, st
         groups.setdefault(end, [end]).append(site)
     result: dict[str, str] = {}
     for group in groups.values():
-        keeper = next((name for name in _CANONICAL if name in group), group[0])
+        keeper = next((name for name in CANONICAL if name in group), group[0])
         result |= {name: keeper for name in group if name != keeper}
     return result
 
 
-def _only_target(
-    mine: Sequence[LayerInfo],
-    sites: Mapping[str, Sequence[LayerInfo]],
+def _target(
+    info: LayerInfo,
     info_of: Mapping[int, LayerInfo],
     packets: Packets,
-    whole: Integers,
-) -> str | None:
-    """Give the one site whose packets a site's packets all alias, one for one, block by block."""
-    targets = [_target(info, info_of, packets, whole) for info in mine]
-    names = {target.site if target else None for target in targets}
-    if len(names) != 1 or None in names or mine[0].site in names:
-        return None
-    (name,) = names
-    return name if name is not None and len(targets) == len(sites[name]) else None
-
-
-def _target(
-    info: LayerInfo, info_of: Mapping[int, LayerInfo], packets: Packets, whole: Integers
+    rows_of: Mapping[int, Integers],
 ) -> LayerInfo | None:
     """Give the layer of the same block whose packets a layer's packets all alias, one for one."""
-    rows = whole[packets.layer[whole] == info.id]
+    rows = rows_of.get(info.id, np.zeros(0, np.int64))
     alias_of = packets.alias_of[rows]
     if not rows.size or np.any(alias_of < 0):
         return None
@@ -284,11 +374,14 @@ def _target(
     target = info_of.get(int(packets.layer[places[0]]))
     if target is None or target.block != info.block:
         return None
-    holds = (
-        np.array_equal(packets.seq[places], alias_of)
-        and bool(np.all(packets.layer[places] == target.id))
-        and np.array_equal(packets.call[places], packets.call[rows])
-        and np.unique(alias_of).size == alias_of.size
-        and int((packets.layer[whole] == target.id).sum()) == rows.size
+    holds = np.array_equal(places, rows_of[target.id]) and all(
+        np.array_equal(column[places], column[rows])
+        for column in (
+            packets.pass_index,
+            packets.call,
+            packets.dtype,
+            packets.shape,
+            packets.width,
+        )
     )
-    return target if holds else None
+    return target if holds and np.array_equal(packets.seq[places], alias_of) else None

@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.archive.alignment import RowTable
+from actstore.archive.alignment import CANONICAL, RowTable, axes_of
+from actstore.archive.names import Names, clean, plain_text
 from actstore.packet import Axis, LayerInfo, PassInfo, TokenRecord
 
-if TYPE_CHECKING:
-    from actstore.archive.layout import Source
-
-__all__ = ["STRING", "Coordinate", "coordinates", "row_tables"]
-
-_TAKEN: Final = [
-    "pass_index",
-    "batch_item",
-    "position",
-    "token_id",
-    "token_text",
-    "is_padding",
-    "step",
-    "layer",
-    "module",
-    "feature",
-    "vocab",
-    "token",
-    "encoder_token",
-    "decoder_token",
-    "embed",
-    "resid",
-    "attn",
-    "mlp",
-    "final_norm",
-    "logits",
-    "output",
+__all__ = [
+    "ROW_LABELS",
+    "STRING",
+    "Coordinate",
+    "annotation_labels",
+    "module_labels",
+    "pass_columns",
+    "row_labels",
+    "row_tables",
+    "token_columns",
 ]
+
 #: How text is held: as `xarray.open_zarr` gives it.
 STRING: Final = np.dtypes.StringDType()
+#: What every token axis has.
+ROW_LABELS: Final = (
+    *("pass_index", "batch_item", "position", "token_id", "token_text", "is_padding", "step"),
+)
+_EXACT: Final = 1 << 53  # up to here float64 holds every integer
+_INT64: Final = range(-(1 << 63), 1 << 63)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,66 +55,71 @@ class Coordinate:
     values: NDArray[Any]
 
 
-def row_tables(passes: Sequence[PassInfo]) -> dict[str, RowTable]:
-    """Give each token axis its rows: where each pass begins."""
-    rows: dict[str, int] = {}
-    starts: dict[str, dict[int, int]] = {}
-    shapes: dict[str, dict[int, Axis]] = {}
+def texts_of(values: Iterable[str]) -> NDArray[Any]:
+    """Give text as an array of strings."""
+    return np.array([plain_text(one) for one in values], STRING)
+
+
+def row_tables(passes: Sequence[PassInfo], names: Names) -> dict[str, RowTable]:
+    """Give each token axis its rows and its name, by what the log calls it."""
+    found: dict[str, list[tuple[int, Axis]]] = {}
     for info in passes:
-        for axis in info.axes:
-            starts.setdefault(axis.name, {})[info.index] = rows.get(axis.name, 0)
-            shapes.setdefault(axis.name, {})[info.index] = axis
-            rows[axis.name] = rows.get(axis.name, 0) + axis.rows
-    return {name: RowTable(name, rows[name], starts[name], shapes[name]) for name in rows}
+        for name, axis in axes_of(info).items():
+            found.setdefault(name, []).append((info.index, axis))
+    tables = {}
+    for name, mine in found.items():
+        dim = names.give(name)
+        counts = np.array([axis.rows for _, axis in mine], np.int64)
+        tables[name] = RowTable(
+            dim,
+            _prefix(dim, names),
+            int(counts.sum()),
+            np.array([index for index, _ in mine], np.int64),
+            np.cumsum(counts) - counts,
+            tuple(axis for _, axis in mine),
+        )
+    return tables
 
 
-def coordinates(
+def _prefix(dim: str, names: Names) -> str:
+    """Give what the names of a dimension's labels begin with: nothing where it is ``token``."""
+    if dim == "token":
+        names.reserve(*ROW_LABELS)
+        return ""
+    ends = tuple(f"_{label}" for label in ROW_LABELS)
+    return f"{names.give(dim.removesuffix('_token'), ends)}_"
+
+
+def row_labels(
     tables: Mapping[str, RowTable],
-    source: Source,
-    blocks: Sequence[int],
-    layers: Sequence[LayerInfo],
+    passes: Sequence[PassInfo],
+    tokens: Sequence[TokenRecord],
+    texts: Mapping[int, str],
 ) -> list[Coordinate]:
-    """Give the coordinates of rows and layers."""
-    found = []
-    texts = {one.token_id: one.token_text for one in source.tokens} | dict(source.texts)
-    steps = _steps(source.tokens, source.passes, tables)
-    for name, table in tables.items():
-        prefix = "" if name == "token" else name.removesuffix("token")
-        columns = _columns(table, texts)
-        columns["step"] = steps[name]
-        for label, values in _annotations(table, source.passes).items():
-            label = "_".join(label.split())
-            columns[f"annotation_{label}" if label in _TAKEN else label] = values
-        found += [Coordinate(prefix + label, (name,), values) for label, values in columns.items()]
-    if blocks:
-        found.append(Coordinate("layer", ("layer",), np.array(blocks, np.int64)))
-        modules = [_module(block, layers) for block in blocks]
-        found.append(Coordinate("module", ("layer",), np.array(modules, STRING)))
-    return found
+    """Give what labels every row: its pass, place and token, and the step that it predicted."""
+    known = {one.token_id: one.token_text for one in tokens} | dict(texts)
+    steps = _steps(tokens, passes, tables)
+    return [
+        Coordinate(table.prefix + label, (table.dim,), values)
+        for name, table in tables.items()
+        for label, values in zip(ROW_LABELS, (*_columns(table, known), steps[name]), strict=True)
+    ]
 
 
-def _columns(table: RowTable, texts: Mapping[int, str]) -> dict[str, NDArray[Any]]:
-    axes = list(table.shapes.items())
-    ids = _joined([axis.token_ids.ravel() for _, axis in axes])
+def _columns(table: RowTable, texts: Mapping[int, str]) -> tuple[NDArray[Any], ...]:
+    axes = table.axes
+    ids = np.concatenate([axis.token_ids.ravel() for axis in axes])
     unique, inverse = np.unique(ids, return_inverse=True)
-    known = np.array([texts.get(int(one), "") for one in unique], STRING)
-    return {
-        "pass_index": np.repeat(
-            np.array([index for index, _ in axes], np.int64),
-            np.array([axis.rows for _, axis in axes], np.int64),
-        ),
-        "batch_item": _joined(
-            [np.repeat(np.arange(axis.batch), axis.sequence) for _, axis in axes]
-        ),
-        "position": _joined([axis.positions.ravel() for _, axis in axes]),
-        "token_id": ids,
-        "token_text": known[inverse.reshape(-1)] if ids.size else np.zeros(0, STRING),
-        "is_padding": ~_joined([axis.mask.ravel() for _, axis in axes], np.bool_),
-    }
-
-
-def _joined(parts: Sequence[NDArray[Any]], kind: Any = np.int64) -> NDArray[Any]:
-    return np.concatenate(parts).astype(kind) if parts else np.zeros(0, kind)
+    known = texts_of(texts.get(one, "") for one in unique.tolist())
+    counts = np.array([axis.rows for axis in axes], np.int64)
+    return (
+        np.repeat(table.passes, counts),
+        np.concatenate([np.repeat(np.arange(axis.batch), axis.sequence) for axis in axes]),
+        np.concatenate([axis.positions.ravel() for axis in axes]),
+        ids,
+        known[inverse.reshape(-1)],
+        ~np.concatenate([axis.mask.ravel() for axis in axes]),
+    )
 
 
 def _steps(
@@ -135,68 +131,140 @@ def _steps(
     last.
     """
     steps = {name: np.full(table.rows, -1, np.int64) for name, table in tables.items()}
-    axis_of = {info.index: info.axes[-1] for info in passes if info.axes}
+    axis_of = {info.index: axes_of(info).get(info.axes[-1].name) for info in passes if info.axes}
     taken: dict[int, int] = {}
     for record in tokens:
         item = taken.get(record.pass_index, 0)
         taken[record.pass_index] = item + 1
         axis = axis_of.get(record.pass_index)
-        if axis is None or item >= axis.batch or not axis.sequence:
+        if axis is None or item >= axis.batch:
             continue
         real = np.flatnonzero(axis.mask[item])
         column = int(real[-1]) if real.size else axis.sequence - 1
-        start = tables[axis.name].start[record.pass_index]
+        (start,) = tables[axis.name].start_of(np.array([record.pass_index])).tolist()
         steps[axis.name][start + item * axis.sequence + column] = record.step
     return steps
 
 
-def _annotations(table: RowTable, passes: Sequence[PassInfo]) -> dict[str, NDArray[Any]]:
-    """Give each annotation's value on the rows of its batch item; what lacks one is filled."""
-    labels = dict.fromkeys(
-        label for info in passes if info.index in table.shapes for label in info.annotations
-    )
-    return {label: _annotation(label, table, passes) for label in labels}
+def annotation_labels(
+    tables: Mapping[str, RowTable], passes: Sequence[PassInfo], names: Names
+) -> list[Coordinate]:
+    """Give each annotation's value on the rows of its batch item; what lacks one is filled.
 
-
-def _annotation(label: str, table: RowTable, passes: Sequence[PassInfo]) -> NDArray[Any]:
-    rows: list[Any] = []
-    for info in passes:
-        axis = table.shapes.get(info.index)
-        if axis is None:
-            continue
-        given = info.annotations.get(label)
-        values = list(given) if isinstance(given, list) and len(given) == axis.batch else None
-        for item in range(axis.batch):
-            rows += [values[item] if values else None] * axis.sequence
-    return _typed(rows)
-
-
-def _typed(rows: Sequence[Any]) -> NDArray[Any]:
-    """Give annotation values one dtype.
-
-    bool or int64 where every row has one, float64 for numbers otherwise (missing: NaN), text for
-    all else (missing: "").
+    Called when all else has its name: an annotation whose name is taken, or canonical for
+    something else, becomes ``annotation_<name>``.
     """
-    present = [one for one in rows if one is not None]
-    missing = len(present) < len(rows)
+    labels = {info.index: info.annotations for info in passes if info.annotations}
+    found = []
+    for table in tables.values():
+        for label in dict.fromkeys(
+            label for index in table.passes.tolist() for label in labels.get(index, ())
+        ):
+            wanted = table.prefix + clean(label)
+            if label in CANONICAL or wanted in names:
+                wanted = f"{table.prefix}annotation_{clean(label)}"
+            values = _annotation(label, table, labels)
+            found.append(Coordinate(names.give(wanted), (table.dim,), values))
+    return found
+
+
+def _annotation(
+    label: str, table: RowTable, labels: Mapping[int, Mapping[str, Any]]
+) -> NDArray[Any]:
+    items: list[Any] = []
+    counts: list[int] = []
+    for index, axis in zip(table.passes.tolist(), table.axes, strict=True):
+        given = labels.get(index, {}).get(label)
+        whole = isinstance(given, list) and len(given) == axis.batch
+        items += given if isinstance(given, list) and whole else [None] * axis.batch
+        counts += [axis.sequence] * axis.batch
+    return np.repeat(_typed(items), counts)
+
+
+def _typed(items: Sequence[Any]) -> NDArray[Any]:
+    """Give annotation values one dtype that holds each of them exactly.
+
+    bool or int64 where every item has one; float64 for numbers otherwise (missing: NaN); text for
+    all else (missing: ""), what isn't a string as its JSON.
+    """
+    present = [one for one in items if one is not None]
+    missing = len(present) < len(items)
     kinds = {type(one) for one in present}
-    if kinds <= {bool} and not missing:
-        return np.array(rows, np.bool_)
-    if kinds <= {int} and not missing and all(-(1 << 63) <= one < 1 << 63 for one in present):
-        return np.array(rows, np.int64)
-    if kinds <= {int, float, bool}:
-        return np.array([np.nan if one is None else float(one) for one in rows], np.float64)
-    texts = [one if isinstance(one, str) else json.dumps(one) for one in present]
-    filled = iter(texts)
-    return np.array(["" if one is None else next(filled) for one in rows], STRING)
+    if kinds == {bool} and not missing:
+        return np.array(items, np.bool_)
+    integers = [one for one in present if isinstance(one, int)]
+    if kinds == {int} and not missing and all(one in _INT64 for one in integers):
+        return np.array(items, np.int64)
+    exact = all(-_EXACT <= one <= _EXACT for one in integers)
+    if kinds and kinds <= {int, float, bool} and exact:
+        return np.array([np.nan if one is None else float(one) for one in items], np.float64)
+    return texts_of(_text(one) for one in items)
 
 
-def _module(block: int, layers: Sequence[LayerInfo]) -> str:
-    """Give the name of a block's module: the residual site's layer, else what its layers share."""
-    mine = [info for info in layers if info.block == block]
-    for info in mine:
-        if info.site.endswith("resid"):
-            return info.name
-    parts = mine[0].name.split(".")
-    ends = [place for place, part in enumerate(parts) if part == str(block)]
-    return ".".join(parts[: ends[0] + 1]) if ends else mine[0].name
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def module_labels(
+    blocks: Sequence[int], layers: Sequence[LayerInfo], names: Names
+) -> list[Coordinate]:
+    """Give the index of ``layer``, and its blocks' modules: a column for each stack of blocks."""
+    if not blocks:
+        return []
+    stacks: dict[str, dict[int, str]] = {}
+    for info in layers:
+        stack = _stack(info)
+        if info.block >= 0 and stack is not None:
+            known = stacks.setdefault(stack, {})
+            if info.site == f"{stack}resid" or info.block not in known:
+                known[info.block] = _block_name(info, whole=info.site == f"{stack}resid")
+    if len(stacks) < 2:
+        anything = {info.block: _block_name(info) for info in reversed(layers)}
+        stacks = {"": anything | next(iter(stacks.values()), {})}
+    found = [Coordinate("layer", ("layer",), np.array(blocks, np.int64))]
+    for stack, known in stacks.items():
+        column = texts_of(known.get(block, "") for block in blocks)
+        found.append(Coordinate(names.give(f"{stack}module"), ("layer",), column))
+    return found
+
+
+def _stack(info: LayerInfo) -> str | None:
+    """Give what a canonical site says of its stack: ``"encoder_"``; None of any other site."""
+    for site in ("resid", "cross_attn", "attn", "mlp"):
+        if info.site.endswith(site):
+            stack = info.site.removesuffix(site)
+            return stack if stack in ("", "encoder_", "decoder_") else None
+    return None
+
+
+def _block_name(info: LayerInfo, *, whole: bool = False) -> str:
+    """Give the name of a layer's block: its own, or its name up to the block's index."""
+    parts = info.name.split(".")
+    if whole or str(info.block) not in parts:
+        return info.name
+    return ".".join(parts[: parts.index(str(info.block)) + 1])
+
+
+def token_columns(tokens: Sequence[TokenRecord]) -> dict[str, NDArray[Any]]:
+    """Give what ``record_token`` was told, as columns; a position that was not given is NaN."""
+    places = [np.nan if one.position is None else one.position for one in tokens]
+    return {
+        "step": np.array([one.step for one in tokens], np.int64),
+        "token_id": np.array([one.token_id for one in tokens], np.int64),
+        "token_text": texts_of(one.token_text for one in tokens),
+        "position": np.array(places, np.float64),
+        "pass_index": np.array([one.pass_index for one in tokens], np.int64),
+        "time": np.array([one.time for one in tokens], np.float64),
+    }
+
+
+def pass_columns(passes: Sequence[PassInfo]) -> dict[str, NDArray[Any]]:
+    """Give the passes, as columns."""
+    return {
+        "index": np.array([one.index for one in passes], np.int64),
+        "entry": texts_of(one.entry for one in passes),
+        "aborted": np.array([one.aborted for one in passes], np.bool_),
+        "logits_to_keep": np.array([one.logits_to_keep for one in passes], np.int64),
+    }

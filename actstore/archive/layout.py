@@ -7,25 +7,47 @@ What aligns is decided in ``alignment.py``; reading values and writing them is f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore import dtypes
-from actstore.archive.alignment import Aligned, Packets, RowTable, align, merge_aliases
-from actstore.archive.coordinates import Coordinate, coordinates, row_tables
+from actstore.archive.alignment import (
+    CANONICAL,
+    Aligned,
+    Loose,
+    Packets,
+    RowTable,
+    align,
+    merge_aliases,
+)
+from actstore.archive.coordinates import (
+    Coordinate,
+    annotation_labels,
+    module_labels,
+    row_labels,
+    row_tables,
+)
+from actstore.archive.grid import Segments, Shard, chunk_rows, cut, shard_rows
+from actstore.archive.names import Names, plain_json
 from actstore.packet import LayerInfo, PassInfo, TokenRecord
 
-__all__ = ["Plan", "Ragged", "Segments", "Source", "Variable", "chunk_rows", "plan"]
+__all__ = ["Plan", "Ragged", "Source", "Variable", "plan"]
 
-CHUNK_BYTES: Final = 1 << 20
-SHARD_BYTES: Final = 64 << 20
 #: Sites that live in the residual space, and share the dimension ``feature``.
-RESIDUAL: Final = ("embed", "resid", "attn", "mlp", "final_norm")
-_DIMENSIONS: Final = ("layer", "feature", "vocab")
+RESIDUAL: Final = frozenset(
+    stack + site
+    for stack in ("", "encoder_", "decoder_")
+    for site in CANONICAL
+    if site != "logits"
+)
+_RAGGED_ENDS: Final = (
+    *("_values", "_element", "_packet", "_axis"),
+    *("_offset", "_shape", "_pass", "_call", "_layer", "_width"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,33 +79,6 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Segments:
-    """Where the rows of one layer of a variable come from; int64 columns, sorted by ``start``.
-
-    Attributes
-    ----------
-    packet : numpy.ndarray
-        Row of the packet table.
-    source : numpy.ndarray
-        First row within the packet.
-    start : numpy.ndarray
-        First row of the variable.
-    count : numpy.ndarray
-        Number of rows.
-    """
-
-    packet: NDArray[np.int64]
-    source: NDArray[np.int64]
-    start: NDArray[np.int64]
-    count: NDArray[np.int64]
-
-    @property
-    def rows(self) -> int:
-        """How many rows they fill."""
-        return int(self.count.sum())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Variable:
     """A dense array: ``[layer,] token, features…``.
 
@@ -94,7 +89,7 @@ class Variable:
     dims : tuple of str
         Their names.
     shape : tuple of int
-        Their lengths.
+        Their lengths; none is 0.
     source : dtypes.DType
         The model's dtype.
     segments : tuple of Segments or None
@@ -149,31 +144,47 @@ class Variable:
     @property
     def chunks(self) -> tuple[int, ...]:
         """The shape of an inner chunk: one layer, all features, about 1 MiB."""
-        rows = chunk_rows(self.rows, self._row_bytes)
-        return (1,) * self.token_axis + (rows, *map(_at_least_1, self.row_shape))
+        rows = chunk_rows(self.rows, self._row_size * self.dtype.itemsize)
+        return (*(1,) * self.token_axis, rows, *self.row_shape)
 
     @property
     def shards(self) -> tuple[int, ...]:
         """The shape of a shard: one layer, whole chunks, about 64 MiB."""
-        rows = self.chunks[self.token_axis]
-        most = max(1, SHARD_BYTES // max(rows * self._row_bytes, 1))
-        count = min(most, max(1, -(-self.rows // rows)))
-        return (1,) * self.token_axis + (rows * count, *map(_at_least_1, self.row_shape))
+        rows = shard_rows(self.rows, self._row_size * self.dtype.itemsize)
+        return (*(1,) * self.token_axis, rows, *self.row_shape)
 
     @property
-    def _row_bytes(self) -> int:
-        return int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
+    def row_bytes(self) -> int:
+        """Bytes of one row of one layer in the model's dtype."""
+        return self._row_size * self.source.itemsize
 
-    def present(self) -> NDArray[np.bool_]:
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What is said of it, in an archive and over a log."""
+        said = {"site": self.site, "source_dtype": self.source.name, "modules": self.modules}
+        return dict(plain_json(said))
+
+    @property
+    def _row_size(self) -> int:
+        return int(np.prod(self.row_shape, dtype=np.int64))
+
+    def cut(self, place: int) -> Iterator[Shard]:
+        """Give the shards of one place on ``layer`` that hold any row."""
+        segments, axis = self.segments[place], self.token_axis
+        if segments is not None:
+            yield from cut(self.rows, self.chunks[axis], self.shards[axis], segments)
+
+    def present(self) -> Coordinate:
         """Give which rows there are: bool, of the leading dimensions."""
         found = np.zeros((len(self.segments), self.rows), np.bool_)
         for mine, one in zip(found, self.segments, strict=True):
             if one is not None:
-                steps = np.zeros(self.rows + 1, np.int64)
+                steps = np.zeros(self.rows + 1, np.int8)
                 np.add.at(steps, one.start, 1)
                 np.add.at(steps, one.start + one.count, -1)
-                mine[:] = np.cumsum(steps[:-1]) > 0
-        return found if self.layered else found[0]
+                mine[:] = np.cumsum(steps[:-1], dtype=np.int8) > 0
+        dims = self.dims[: self.token_axis + 1]
+        return Coordinate(f"{self.name}_present", dims, found if self.layered else found[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,6 +203,10 @@ class Ragged:
         int64: the first element of each.
     size : int
         Elements in all.
+    modules : mapping of int to str
+        Block index (-1: none) -> the module's name.
+    features : mapping of int to numpy.ndarray
+        Width -> the features that were kept, of the widths that were sampled.
     """
 
     name: str
@@ -200,10 +215,12 @@ class Ragged:
     packets: NDArray[np.int64]
     offsets: NDArray[np.int64]
     size: int
+    modules: Mapping[int, str]
+    features: Mapping[int, NDArray[np.uint32]]
 
     @property
     def values_name(self) -> str:
-        """The name of the variable, which is also the stem of its dimension's."""
+        """The name of the variable."""
         return f"{self.name}_values"
 
     @property
@@ -219,9 +236,19 @@ class Ragged:
     @property
     def shards(self) -> tuple[int, ...]:
         """The length of a shard: whole chunks, about 64 MiB."""
-        length = self.chunks[0]
-        most = max(1, SHARD_BYTES // (length * self.source.array.itemsize))
-        return (length * min(most, max(1, -(-self.size // length))),)
+        return (shard_rows(self.size, self.source.array.itemsize),)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What is said of it, in an archive and over a log."""
+        modules = {str(block): name for block, name in sorted(self.modules.items())}
+        said = {"site": self.site, "source_dtype": self.source.name, "modules": modules}
+        kept = {str(width): indices.tolist() for width, indices in self.features.items()}
+        return dict(plain_json(said | ({"features": kept} if kept else {})))
+
+    def cut(self) -> Iterator[Shard]:
+        """Give its shards."""
+        return cut(self.size, self.chunks[0], self.shards[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,7 +262,9 @@ class Plan:
     ragged : tuple of Ragged
         What doesn't align.
     coordinates : tuple of Coordinate
-        Labels of rows, layers and features; small arrays, present.
+        Labels of rows, layers, features and ragged packets: small arrays, whole.
+    rows : mapping of str to int
+        The token dimensions and their lengths.
     aliases : mapping of str to str
         Site -> the site that holds the same values.
     """
@@ -243,67 +272,64 @@ class Plan:
     variables: tuple[Variable, ...]
     ragged: tuple[Ragged, ...]
     coordinates: tuple[Coordinate, ...]
+    rows: Mapping[str, int]
     aliases: Mapping[str, str]
-
-
-def chunk_rows(rows: int, row_bytes: int) -> int:
-    """Give the rows of an inner chunk: a power of two, about 1 MiB, no more than there are."""
-    fitting = max(1, CHUNK_BYTES // max(row_bytes, 1))
-    return max(1, min(1 << (fitting.bit_length() - 1), rows))
 
 
 def plan(source: Source) -> Plan:
     """Plan the dataset of a run."""
-    tables = row_tables(source.passes)
+    names = Names(("layer", "feature", "vocab"))
     layers = _unambiguous(source.layers)
     aliases = merge_aliases(layers, source.packets)
     kept = [info for info in layers if info.site not in aliases]
-    found = align(kept, source.passes, tables, source.packets)
     blocks = sorted({info.block for info in kept if info.block >= 0})
-    labels = coordinates(tables, source, blocks, layers)
-    names = _Names({*_DIMENSIONS, *tables, *(one.name for one in labels)})
+    tables = row_tables(source.passes, names)
+    labels = row_labels(tables, source.passes, source.tokens, source.texts)
+    labels += module_labels(blocks, layers, names)
+    names.reserve("module")
+    found = align(kept, source.passes, tables, source.packets)
     groups = _name_groups(found.aligned, names)
     width = _residual_width(groups)
     variables = tuple(
         _variable(name, mine, tables, blocks, width) for name, mine in groups.items()
     )
-    ragged = [_ragged(names, mine, source.packets) for mine in found.ragged]
+    ragged = [_ragged(names, one, source) for one in found.loose]
     features = _feature_coordinates(groups, variables, source.features)
-    columns = (one for _, mine in ragged for one in mine)
+    names.reserve(*aliases)
     return Plan(
-        variables, tuple(one for one, _ in ragged), (*labels, *features, *columns), aliases
+        variables,
+        tuple(one for one, _ in ragged),
+        (
+            *labels,
+            *annotation_labels(tables, source.passes, names),
+            *features,
+            *(one for _, mine in ragged for one in mine),
+        ),
+        {table.dim: table.rows for table in tables.values()},
+        aliases,
     )
 
 
 def _unambiguous(layers: Sequence[LayerInfo]) -> list[LayerInfo]:
-    """Give a site of its own to a layer whose place in its site is taken."""
+    """Give a site of its own to a layer whose place in its site is taken.
+
+    A site either repeats in blocks or doesn't; the first of its layers decides.
+    """
     seen: set[tuple[str, int]] = set()
+    repeats: dict[str, bool] = {}
     result = []
     for info in layers:
-        if (info.site, info.block) in seen:
-            info = LayerInfo(info.id, info.name, info.name, -1, info.kind)
-        seen.add((info.site, info.block))
-        result.append(info)
+        site, block, number = info.site, info.block, 1
+        while (site, block) in seen or repeats.get(site, block >= 0) != (block >= 0):
+            site, block = info.name if number == 1 else f"{info.name}_{number}", -1
+            number += 1
+        seen.add((site, block))
+        repeats[site] = block >= 0
+        result.append(replace(info, site=site, block=block))
     return result
 
 
-@dataclass(slots=True)
-class _Names:
-    """Gives each array a name of its own, that a Zarr store and a dataset can have."""
-
-    taken: set[str]
-
-    def give(self, wanted: str) -> str:
-        wanted = "_".join(wanted.replace("/", "_").split()).strip("._") or "unnamed"
-        name, number = wanted, 1
-        while name in self.taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self.taken.add(name)
-        return name
-
-
-def _name_groups(aligned: Sequence[Aligned], names: _Names) -> dict[str, list[Aligned]]:
+def _name_groups(aligned: Sequence[Aligned], names: Names) -> dict[str, list[Aligned]]:
     """Put together what makes one variable, and name it: the usual form has the site's name."""
     by_site: dict[tuple[str, int], list[Aligned]] = {}
     for one in aligned:
@@ -312,11 +338,12 @@ def _name_groups(aligned: Sequence[Aligned], names: _Names) -> dict[str, list[Al
     for (site, call), mine in by_site.items():
         weight = Counter[tuple[Any, ...]]()
         for one in mine:
-            weight[one.form] += len(one.segments[0])
+            weight[one.form] += one.segments.rows
         usual = weight.most_common(1)[0][0]
         stem = site if call == 0 else f"{site}_call{call}"
-        for form in weight:
-            name = names.give(stem + _suffix(form, usual))
+        for form in sorted(weight, key=lambda form: form != usual):
+            ends = ("", "_present", *(f"_feature{number or ''}" for number in range(len(form[1]))))
+            name = names.give(stem + _suffix(form, usual), ends)
             groups[name] = [one for one in mine if one.form == form]
     return groups
 
@@ -335,13 +362,16 @@ def _suffix(form: tuple[Any, ...], usual: tuple[Any, ...]) -> str:
 
 
 def _residual_width(groups: Mapping[str, list[Aligned]]) -> tuple[int, int] | None:
-    """Give the size of ``feature``, and the width it was sampled from: the residual sites' own."""
-    sizes = Counter[tuple[int, int]]()
-    for mine in groups.values():
-        for one in mine:
-            if one.info.site in RESIDUAL and len(one.trailing) == 1:
-                sizes[one.trailing[0], one.width] += 1 + 1000 * (one.info.site == "resid")
-    return sizes.most_common(1)[0][0] if sizes else None
+    """Give the size of ``feature``, and the width it was sampled from: the residual sites' own.
+
+    The width of a site ``resid`` decides where there is one, else the most common.
+    """
+    sizes: dict[bool, Counter[tuple[int, int]]] = {True: Counter(), False: Counter()}
+    for one in (one for mine in groups.values() for one in mine):
+        if one.info.site in RESIDUAL and len(one.trailing) == 1:
+            sizes[one.info.site.endswith("resid")][one.trailing[0], one.width] += 1
+    decisive = sizes[True] or sizes[False]
+    return decisive.most_common(1)[0][0] if decisive else None
 
 
 def _variable(
@@ -351,18 +381,17 @@ def _variable(
     blocks: Sequence[int],
     width: tuple[int, int] | None,
 ) -> Variable:
-    first = mine[0]
-    layered = any(one.info.block >= 0 for one in mine)
-    places = list(blocks) if layered else [first.info.block]
+    first, table = mine[0], tables[mine[0].axis]
+    layered = first.info.block >= 0
+    places = list(blocks) if layered else [-1]
     segments: list[Segments | None] = [None] * len(places)
     modules = [""] * len(places)
     for one in mine:
         place = places.index(one.info.block)
-        segments[place] = Segments(*one.segments)
+        segments[place] = one.segments
         modules[place] = one.info.name
-    rows = tables[first.axis].rows
-    dims = (first.axis, *_feature_dims(name, first, width))
-    shape = (rows, *first.trailing)
+    dims = (table.dim, *_feature_dims(name, first, width))
+    shape = (table.rows, *first.trailing)
     if layered:
         dims, shape = ("layer", *dims), (len(places), *shape)
     source = dtypes.from_code(first.dtype)
@@ -374,7 +403,7 @@ def _feature_dims(name: str, one: Aligned, width: tuple[int, int] | None) -> tup
     if len(one.trailing) == 1:
         if one.info.site in RESIDUAL and (one.trailing[0], one.width) == width:
             return ("feature",)
-        if one.info.site == "logits" and name == "logits":
+        if one.info.site == name == "logits":
             return ("vocab",)
     return tuple(f"{name}_feature{number or ''}" for number in range(len(one.trailing)))
 
@@ -387,38 +416,36 @@ def _feature_coordinates(
     """Give the kept features of sampled variables, as coordinates of their last dimension."""
     found: dict[str, Coordinate] = {}
     for one in variables:
-        width = groups[one.name][0].width
-        if width in features and one.row_shape:
+        kept = features.get(groups[one.name][0].width)
+        if kept is not None and one.row_shape[-1:] == kept.shape:
             name = one.dims[-1]
-            found[name] = Coordinate(name, (name,), features[width].astype(np.int64))
+            found[name] = Coordinate(name, (name,), kept.astype(np.int64))
     return tuple(found.values())
 
 
-def _ragged(
-    names: _Names, mine: tuple[str, int, NDArray[np.int64], NDArray[np.int64]], packets: Packets
-) -> tuple[Ragged, tuple[Coordinate, ...]]:
-    site, code, rows, blocks = mine
-    source = dtypes.from_code(code)
+def _ragged(names: Names, loose: Loose, source: Source) -> tuple[Ragged, tuple[Coordinate, ...]]:
+    kind, rows, packets = dtypes.from_code(loose.dtype), loose.rows, source.packets
     shapes = [packets.shapes[index] for index in packets.shape[rows].tolist()]
     sizes = np.array([int(np.prod(shape, dtype=np.int64)) for shape in shapes], np.int64)
-    padded = np.full((len(shapes), max(map(len, shapes), default=0)), -1, np.int64)
+    padded = np.full((len(shapes), max(map(len, shapes))), -1, np.int64)
     for row, shape in zip(padded, shapes, strict=True):
         row[: len(shape)] = shape
-    name = site
-    if any(f"{site}{end}" in names.taken for end in ("_values", "_packet")):
-        name = f"{site}_{source.name}"
-    name = names.give(f"{name}_values").removesuffix("_values")
-    offsets = np.cumsum(sizes) - sizes
+    stem = loose.site
+    if any(f"{stem}{end}" in names for end in _RAGGED_ENDS):
+        stem = f"{stem}_{kind.name}"
+    name = names.give(stem, _RAGGED_ENDS)
+    offsets, widths = np.cumsum(sizes) - sizes, packets.width[rows]
     packet = (f"{name}_packet",)
-    columns = (
+    columns = [
         Coordinate(f"{name}_offset", packet, offsets),
         Coordinate(f"{name}_shape", (*packet, f"{name}_axis"), padded),
         Coordinate(f"{name}_pass", packet, packets.pass_index[rows]),
         Coordinate(f"{name}_call", packet, packets.call[rows]),
-        Coordinate(f"{name}_layer", packet, blocks),
-    )
-    return Ragged(name, site, source, rows, offsets, int(sizes.sum())), columns
-
-
-def _at_least_1(length: int) -> int:
-    return max(1, length)
+        Coordinate(f"{name}_layer", packet, loose.blocks),
+    ]
+    if widths.any():
+        columns.append(Coordinate(f"{name}_width", packet, widths))
+    kept = {width: source.features[width] for width in set(widths.tolist()) & {*source.features}}
+    size = int(sizes.sum())
+    made = Ragged(name, loose.site, kind, rows, offsets, size, loose.modules, kept)
+    return made, tuple(columns)

@@ -18,7 +18,6 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from actstore import codecs, files
-from actstore.errors import ArchiveError
 
 __all__ = ["EMPTY", "check_shard", "codec_metadata", "encode_shard", "write_shard"]
 
@@ -69,18 +68,18 @@ def codec_metadata(
 
 
 def encode_shard(
-    rows: NDArray[Any], chunk_rows: int, chunk_count: int, fill: Any, compression: str
+    rows: NDArray[Any], chunk_rows: int, present: NDArray[np.bool_], fill: Any, compression: str
 ) -> list[Any]:
     """Encode the rows of one layer as a shard.
 
     Parameters
     ----------
     rows : numpy.ndarray
-        [n, *row_shape], n at most ``chunk_rows`` × ``chunk_count``.
+        [n, *row_shape], n at most ``chunk_rows`` × the number of chunks.
     chunk_rows : int
         Rows of an inner chunk.
-    chunk_count : int
-        Inner chunks of the shard; those behind the rows are empty.
+    present : numpy.ndarray
+        bool: for each inner chunk of the shard whether it is written; the others are empty.
     fill : scalar
         The fill value, for the rows behind the last.
     compression : {"zstd", "lz4", "none"}
@@ -92,10 +91,10 @@ def encode_shard(
         The chunks and the index.
     """
     buffers: list[Any] = []
-    index = np.full((chunk_count, 2), EMPTY, "<u8")
+    index = np.full((present.size, 2), EMPTY, "<u8")
     offset = 0
-    for number, start in enumerate(range(0, len(rows), chunk_rows)):
-        chunk = rows[start : start + chunk_rows]
+    for number in np.flatnonzero(present).tolist():
+        chunk = rows[number * chunk_rows : (number + 1) * chunk_rows]
         if len(chunk) < chunk_rows:
             padded = np.full((chunk_rows, *rows.shape[1:]), fill, rows.dtype)
             padded[: len(chunk)] = chunk
@@ -120,42 +119,52 @@ def _encode_chunk(chunk: NDArray[Any], compression: str) -> Any:
 
 
 def write_shard(path: Path, buffers: list[Any]) -> int:
-    """Write a shard's file, durably; give its bytes."""
+    """Write a shard's file, durably, in a folder that no one reads yet; give its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_new(path, buffers)
     return sum(map(len, buffers))
 
 
-def check_shard(path: Path, chunk_count: int) -> Iterator[tuple[int, str]]:
-    """Check the index and every chunk of a shard's file.
+def check_shard(path: Path, present: NDArray[np.bool_]) -> Iterator[tuple[int, str]]:
+    """Check the index of a shard's file, and every chunk; one chunk is in memory at a time.
+
+    Parameters
+    ----------
+    path : Path
+        The shard.
+    present : numpy.ndarray
+        bool: for each inner chunk whether it must be there.
 
     Yields
     ------
     (int, str)
-        A damaged chunk's number, or -1 for the index, and what is wrong.
+        The number of a damaged chunk, or -1 for the whole shard, and what is wrong.
 
     Raises
     ------
-    ArchiveError
+    FileNotFoundError
         The file is gone.
     """
-    size = 16 * chunk_count + _CRC.size
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        msg = f"shard {path} is gone"
-        raise ArchiveError(msg) from error
-    tail = data[-size:]
-    if len(tail) != size or castagnoli.crc32c(tail[:-4]) != _CRC.unpack(tail[-4:])[0]:
-        yield -1, "the index doesn't match its checksum"
-        return
-    for number, (offset, length) in enumerate(
-        np.frombuffer(tail[:-4], "<u8").reshape(-1, 2).tolist()
-    ):
-        if offset == EMPTY and length == EMPTY:
-            continue
-        chunk = data[offset : offset + length]
-        if offset + length > len(data) - size or len(chunk) < _CRC.size:
-            yield number, "the index points outside of the shard"
-        elif castagnoli.crc32c(chunk[:-4]) != _CRC.unpack(chunk[-4:])[0]:
-            yield number, "its bytes don't match their checksum"
+    size = 16 * present.size + _CRC.size
+    with path.open("rb") as file:
+        end = path.stat().st_size - size
+        if end < 0:
+            yield -1, f"it has {end + size} bytes; its index alone has {size}"
+            return
+        file.seek(end)
+        tail = file.read(size)
+        if castagnoli.crc32c(tail[:-4]) != _CRC.unpack(tail[-4:])[0]:
+            yield -1, "its index doesn't match its checksum"
+            return
+        places = np.frombuffer(tail[:-4], "<u8").reshape(-1, 2).tolist()
+        for number, (offset, length) in enumerate(places):
+            if offset == length == EMPTY:
+                if present[number]:
+                    yield number, "it is not there, though its rows are"
+            elif offset + length > end or length < _CRC.size:
+                yield number, "the index points outside of the shard"
+            else:
+                file.seek(offset)
+                chunk = file.read(length)
+                if castagnoli.crc32c(chunk[:-4]) != _CRC.unpack(chunk[-4:])[0]:
+                    yield number, "its bytes don't match their checksum"

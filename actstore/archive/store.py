@@ -1,23 +1,26 @@
 """Owns the Zarr store on disk: its metadata, its small arrays, and how it is opened.
 
-The one importer of zarr. The bytes of large arrays are ``shards.py``'s.
+The one importer of zarr. The bytes of large arrays are ``shards.py``'s; whether they are intact,
+``checks.py``'s.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import crc32c as castagnoli
 import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actstore import files
 from actstore.archive.coordinates import STRING, Coordinate
+from actstore.archive.names import GROUPS, plain_json
 from actstore.archive.shards import codec_metadata
 from actstore.errors import ArchiveError, FormatError, UnsupportedVersionError
 
@@ -25,17 +28,22 @@ __all__ = [
     "FORMAT",
     "VERSION",
     "ArchiveWriter",
+    "check_identity",
     "is_archive",
+    "metadata_crc",
     "open_xarray",
     "read_attributes",
+    "read_part",
     "read_rows",
     "shard_path",
 ]
 
 FORMAT: Final = "actstore"
 VERSION: Final = 0
-_SMALL_CHUNK: Final = 1 << 20
+_SMALL_CHUNK: Final = 1 << 20  # elements along each dimension
 _JSON_LIMIT: Final = 1 << 30
+_CRC_KEY: Final = b'"metadata_crc32c": "'
+_NO_CRC: Final = "00000000"
 
 
 class ArchiveWriter:
@@ -48,8 +56,8 @@ class ArchiveWriter:
     """
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir()
         self.folder = folder
-        self._group = zarr.create_group(folder, zarr_format=3)
 
     def add_array(
         self,
@@ -77,28 +85,31 @@ class ArchiveWriter:
             "dimension_names": list(dims),
             "storage_transformers": [],
         }
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        files.atomic_write(folder / "zarr.json", json.dumps(metadata, indent=2).encode())
+        (self.folder / name).mkdir(exist_ok=True)
+        self._write_metadata(name, metadata)
 
     def add_small(self, coordinate: Coordinate, group: str = "") -> None:
-        """Write a small array, whole."""
+        """Write a small array, whole; every chunk is there and has a checksum."""
         values = coordinate.values
-        parent = self._group.require_group(group) if group else self._group
-        length = tuple(max(1, min(size, _SMALL_CHUNK)) for size in values.shape)
-        array = parent.create_array(
-            coordinate.name,
+        text = values.dtype == STRING
+        size = 1 if text else values.itemsize
+        blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=size)
+        array: Any = zarr.create_array(
+            self.folder / group / coordinate.name,
             shape=values.shape,
-            chunks=length,
-            dtype="string" if values.dtype == STRING else values.dtype,
+            chunks=tuple(max(1, min(length, _SMALL_CHUNK)) for length in values.shape),
+            dtype="string" if text else values.dtype,
+            compressors=[blosc, Crc32cCodec()],
             dimension_names=coordinate.dims,
+            config={"write_empty_chunks": True},
+            zarr_format=3,
         )
         if values.size:
             array[...] = values
 
     def add_text(self, coordinate: Coordinate) -> None:
         """Write text also as UTF-8 bytes and offsets, in the group ``text``, for other readers."""
-        encoded = [str(one).encode("utf-8", "surrogatepass") for one in coordinate.values.tolist()]
+        encoded = [str(one).encode() for one in coordinate.values.tolist()]
         ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         data = np.frombuffer(b"".join(encoded), np.uint8)
         stem = coordinate.name
@@ -106,17 +117,36 @@ class ArchiveWriter:
             self.add_small(Coordinate(name, (name,), values), group="text")
 
     def finish(self, attributes: Mapping[str, Any]) -> None:
-        """Write the root's attributes and the consolidated metadata, durably."""
-        self._group.attrs.put(dict(attributes))
-        with warnings.catch_warnings():
-            # not in the v3 specification; a reader may ignore it, xarray opens fast by it
-            warnings.filterwarnings("ignore", "Consolidated metadata")
-            zarr.consolidate_metadata(self.folder, zarr_format=3)
+        """Write the root: attributes, and the metadata of all that is in it; all is durable."""
+        for group in GROUPS:
+            (self.folder / group).mkdir(exist_ok=True)
+            self._write_metadata(group, _group({}))
+        nodes = sorted(self.folder.rglob("zarr.json"))
+        below = {
+            str(path.parent.relative_to(self.folder)): json.loads(path.read_bytes())
+            for path in nodes
+        }
+        said = {"metadata_crc32c": _NO_CRC, **plain_json(attributes)}
+        root = _group(said) | {
+            "consolidated_metadata": {
+                "kind": "inline",
+                "must_understand": False,
+                "metadata": below,
+            }
+        }
+        data = json.dumps(root, indent=2).encode()
+        crc = f"{castagnoli.crc32c(data):08x}".encode()
         for path in sorted(self.folder.rglob("*")):
-            if path.is_file() and path.name != "zarr.json" and "c" not in path.parts[-4:]:
-                continue
             (files.fsync_folder if path.is_dir() else files.fsync_file)(path)
-        files.fsync_folder(self.folder)
+        files.atomic_write(self.folder / "zarr.json", data.replace(_NO_CRC.encode(), crc, 1))
+
+    def _write_metadata(self, name: str, metadata: Mapping[str, Any]) -> None:
+        data = json.dumps(metadata, indent=2).encode()
+        files.write_new(self.folder / name / "zarr.json", [data])
+
+
+def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
 def _fill(dtype: np.dtype) -> Any:
@@ -127,13 +157,26 @@ def _fill(dtype: np.dtype) -> Any:
     return False if dtype.kind == "b" else 0
 
 
+def metadata_crc(data: bytes) -> tuple[str, str]:
+    """Give the checksum that a root ``zarr.json`` says it has, and that which it has.
+
+    It is the CRC-32C of the file with zeros for the checksum's own eight digits.
+    """
+    place = data.find(_CRC_KEY) + len(_CRC_KEY)
+    if place < len(_CRC_KEY):
+        return "", ""
+    end = place + len(_NO_CRC)
+    found = castagnoli.crc32c(data[:place] + _NO_CRC.encode() + data[end:])
+    return data[place:end].decode("ascii", "replace"), f"{found:08x}"
+
+
 def shard_path(folder: Path, name: str, place: tuple[int, ...]) -> Path:
     """Give the file of a shard of an array, by its place in the grid of shards."""
     return folder.joinpath(name, "c", *map(str, place))
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a folder is one of our archives."""
+    """Whether a folder is one of our archives, of whatever version."""
     try:
         read_attributes(path)
     except UnsupportedVersionError:
@@ -156,10 +199,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
     place = path / "zarr.json"
     wanted = f"wanted a Zarr v3 group whose attribute 'format' is {FORMAT!r}"
     try:
-        if place.stat().st_size > _JSON_LIMIT:
-            msg = f"{place} is over {_JSON_LIMIT} bytes; {wanted}"
-            raise FormatError(msg)
-        attributes = json.loads(place.read_bytes())["attributes"]
+        attributes = json.loads(_read_root(place))["attributes"]
         kind, version = attributes["format"], attributes["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         msg = f"{path} is no archive of actstore: {wanted}; {error!r}"
@@ -176,6 +216,31 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return dict(attributes)
 
 
+def _read_root(place: Path) -> bytes:
+    """Read metadata, unless it is larger than any that is worth parsing."""
+    if place.stat().st_size > _JSON_LIMIT:
+        msg = f"{place} is over {_JSON_LIMIT} bytes"
+        raise ValueError(msg)
+    return place.read_bytes()
+
+
+def check_identity(path: Path) -> None:
+    """Raise as `read_attributes`, unless this is an archive whose root metadata is damaged.
+
+    Such a one still says that it has a checksum, in bytes that nothing else has there.
+    """
+    try:
+        read_attributes(path)
+    except UnsupportedVersionError:
+        raise
+    except FormatError:
+        place = path / "zarr.json"
+        if not place.is_file() or place.stat().st_size > _JSON_LIMIT:
+            raise
+        if metadata_crc(place.read_bytes())[0] == "":
+            raise
+
+
 def open_xarray(path: Path) -> xr.Dataset:
     """Open an archive lazily, without dask."""
     dataset: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=3)
@@ -190,3 +255,9 @@ def read_rows(folder: Path, name: str, place: tuple[int, ...], first: int, last:
         msg = f"{folder / name} has {found.shape[0]} of the rows {first} to {last}"
         raise ArchiveError(msg)
     return found
+
+
+def read_part(folder: Path, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
+    """Read a part of an array."""
+    array: Any = zarr.open_array(folder / name, mode="r", zarr_format=3)
+    return np.asarray(array[part])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 import time
 import uuid
@@ -104,6 +105,9 @@ class Options:
         if named and not self.track_per_token:
             msg = f"{' and '.join(named)} can only be used with track_per_token=True; add it"
             raise ConfigError(msg)
+        if not isinstance(self.checkpoint_path, str | os.PathLike | None):
+            msg = f"checkpoint_path must be a str, a path or None; got {self.checkpoint_path!r}"
+            raise ConfigError(msg)
 
 
 class Capture:
@@ -140,7 +144,7 @@ class Capture:
         self.summary: Mapping[str, Any] = {}
         self._models = models
         self._config = config
-        self._path = path
+        self._path = path.absolute()  # also if the working directory changes until the end
         self._options = options
         self._tracker: _TokenBoundaryTracker | None = None
 
@@ -153,10 +157,11 @@ class Capture:
         with ExitStack() as stack:
             _claim_models(self._models, stack)
             check_path(self._path)
+            checkpoint_path = _checkpoint_path(self._options, self._path)
             if not self._options.resume_from_checkpoint:
                 _move_aside(self._path)
             self._writer = stack.enter_context(StreamWriter(self._path))
-            run = self._begin(header)
+            run = self._begin(header, checkpoint_path)
             self._stage = Stage(self._config.budget, run.point)
             self._pipeline = Pipeline(
                 self._stage, self._writer, codecs.NAMES[self._config.compression_algorithm]
@@ -184,14 +189,9 @@ class Capture:
             self._open = stack.pop_all()
         return self._tracker
 
-    def _begin(self, header: dict[str, Any]) -> _Run:
+    def _begin(self, header: dict[str, Any], checkpoint_path: Path) -> _Run:
         """Start the log, or resume it."""
         options = self._options
-        checkpoint_path = (
-            Path(options.checkpoint_path)
-            if options.checkpoint_path is not None
-            else checkpoint_name(self._path)
-        )
         found = None
         if options.resume_from_checkpoint:
             if checkpoint_path.exists():
@@ -278,8 +278,7 @@ class Capture:
         if failure is not None:
             self._surface(failure, error)
         if self._tracker is not None and failure is None:
-            self._tracker.save(tokens_name(self._path))
-            self._tracker.close(clean=error is None)
+            self._save(self._tracker, error)
         if error is None:
             self._warn()
 
@@ -317,6 +316,16 @@ class Capture:
             "ended_by": kind.__name__ if kind else None,
         }
 
+    def _save(self, tracker: _TokenBoundaryTracker, error: BaseException | None) -> None:
+        """Write the files beside the log; their failure doesn't hide the error that ends it."""
+        try:
+            tracker.save(tokens_name(self._path))
+            tracker.close(clean=error is None)
+        except CaptureError as fault:
+            if error is None:
+                raise
+            error.add_note(str(fault))
+
     def _surface(self, failure: BaseException, error: BaseException | None) -> None:
         msg = (
             f"the capture into {self._path} failed: {failure}; what was committed until then is "
@@ -330,7 +339,8 @@ class Capture:
     def _warn(self) -> None:
         summary, told = self.summary, []
         if not summary["packets"]:
-            told.append("no layer fired: the log is empty; call the model inside the with")
+            if not self.hooks.first_pass:  # a resumed run may have been at its end
+                told.append("no layer fired: the log is empty; call the model inside the with")
         elif summary["never_fired"]:
             told.append(f"these layers never fired: {_some(summary['never_fired'])}")
         if summary["skipped"]:
@@ -363,14 +373,9 @@ def check_path(path: Path) -> None:
     Raises
     ------
     ConfigError
-        Its folder is missing, it is a directory, or it holds something that is no log.
+        Its folder is missing, it is no file, or it holds something that is no log.
     """
-    if not path.parent.is_dir():
-        msg = f"output_path {str(path)!r}: there is no folder {str(path.parent)!r}; create it"
-        raise ConfigError(msg)
-    if path.is_dir():
-        msg = f"output_path {str(path)!r} is a directory; give the name of a file in it"
-        raise ConfigError(msg)
+    _check_place("output_path", path)
     if path.exists() and path.stat().st_size and not recover.is_log(path):
         msg = (
             f"output_path {str(path)!r} is a file that is no .stream log, and is not overwritten; "
@@ -379,6 +384,36 @@ def check_path(path: Path) -> None:
         raise ConfigError(msg)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         msg = f"output_path {str(path)!r} can't be written; give another path, or permission"
+        raise ConfigError(msg)
+
+
+def _checkpoint_path(options: Options, path: Path) -> Path:
+    """Give the path of the checkpoint, refusing one that can't be written or is in use."""
+    if options.checkpoint_path is None:
+        return checkpoint_name(path)
+    given = Path(options.checkpoint_path).absolute()
+    _check_place("checkpoint_path", given)
+    if given.resolve() in (path.resolve(), tokens_name(path).resolve()):
+        msg = f"checkpoint_path {str(given)!r} is the log or its token table; give another path"
+        raise ConfigError(msg)
+    return given
+
+
+def _check_place(what: str, path: Path) -> None:
+    """Refuse a path that no file can have, or that something else than a file has."""
+    if not path.parent.is_dir():
+        msg = f"{what} {str(path)!r}: there is no folder {str(path.parent)!r}; create it"
+        raise ConfigError(msg)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        msg = f"{what} {str(path)!r} can't be a file: {error}; give another path"
+        raise ConfigError(msg) from error
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "no plain file"
+        msg = f"{what} {str(path)!r} is {kind}; give the name of a file"
         raise ConfigError(msg)
 
 

@@ -33,6 +33,8 @@ _ALIGN: Final = 64
 _PARTS_LIMIT: Final = (1 << 16) - 1
 #: Group-sized shares of the budget that are kept for encoded groups and the encoder's scratch.
 _RESERVED: Final = 4
+#: Into how many groups a small budget is cut: two arenas, as much again encoded, and the scratch.
+_LEAST_SHARES: Final = 5
 
 
 class Staged(NamedTuple):
@@ -134,7 +136,7 @@ class Stage:
         point: CommitPoint | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.group_bytes = min(GROUP_BYTES, budget // 4)
+        self.group_bytes = min(GROUP_BYTES, budget // _LEAST_SHARES)
         self.part_bytes = min(BLOCK_LIMIT, self.group_bytes // 4)
         self.waits = 0
         self.waited_seconds = 0.0

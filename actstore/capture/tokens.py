@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actstore import files
-from actstore.errors import ConfigError
+from actstore.errors import CaptureError, ConfigError
 from actstore.packet import TokenRecord
 from actstore.stream.sidecars import CHECKPOINT_VERSION, token_dict
 
@@ -62,7 +62,7 @@ class Checkpoints:
             },
             "tokens": tokens,
         }
-        files.atomic_write(self.path, json.dumps(state).encode())
+        _write(self.path, json.dumps(state).encode())
 
     def close(self, tokens: list[dict[str, Any]], *, clean: bool) -> None:
         """Remove the checkpoint after a clean end; bring it up to date after another."""
@@ -142,11 +142,19 @@ class _TokenBoundaryTracker:
             "capture_duration_seconds": time.time() - self._checkpoints.start_time,
             "resume_count": self._checkpoints.resume_count,
         }
-        files.atomic_write(path, json.dumps(table, indent=2).encode())
+        _write(path, json.dumps(table, indent=2).encode())
 
     def close(self, *, clean: bool) -> None:
         """Deal with the checkpoint at the end of the capture."""
         self._checkpoints.close(self.tokens, clean=clean)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        files.atomic_write(path, data)
+    except OSError as error:
+        msg = f"{path} can't be written: {error}; the log has what it would hold, and is readable"
+        raise CaptureError(msg) from error
 
 
 def _integer(name: str, value: Any) -> int:

@@ -6,6 +6,7 @@ a dataset the values are to ``actstore.archive.layout``.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ __all__ = ["StreamReader", "open_stream"]
 
 #: Decoded bytes that a reader keeps: a group and the one being read.
 CACHE_BYTES: Final = 128 << 20
+_BARE: Final = (Opcode.LAYER, Opcode.TOKEN, Opcode.TEXT)
 
 
 def open_stream(path: str | Path, errors: str = "raise") -> StreamReader:
@@ -227,6 +229,11 @@ class StreamReader:
         -------
         numpy.ndarray
             Of the packet's shape, in the model's dtype; memory of its own.
+
+        Raises
+        ------
+        StreamCorruptError
+            A block that it needs is damaged, or it is an alias of what is not there.
         """
         rows = self.table
         kind = dtypes.from_code(int(rows.dtype[row])).numpy
@@ -234,6 +241,10 @@ class StreamReader:
         if rows.alias_of[row] >= 0:
             row = self._alias_target(row)
         data = self._bytes(row)
+        wanted = math.prod(shape) * kind.itemsize
+        if data.nbytes != wanted:
+            reason = f"the parts of packet {rows.seq[row]} have {data.nbytes} bytes, not {wanted}"
+            raise self._file.corrupt(self._place(row), reason)
         return data.view(kind).reshape(shape)
 
     def raw(self, row: int) -> NDArray[np.uint8]:
@@ -269,12 +280,15 @@ class StreamReader:
             column[row] == column[target] for column in (rows.dtype, rows.shape, rows.pass_index)
         )
         if not same or rows.alias_of[target] >= 0:
-            place = rows.blocks[int(rows.block[row])].entry.offset
             reason = (
                 f"packet {rows.seq[row]} is an alias of {rows.alias_of[row]}, not found intact"
             )
-            raise self._file.corrupt(place, reason)
+            raise self._file.corrupt(self._place(row), reason)
         return target
+
+    def _place(self, row: int) -> int:
+        """Give the offset of the BLOCK of a row."""
+        return self.table.blocks[int(self.table.block[row])].entry.offset
 
     def block(self, index: int) -> NDArray[np.uint8]:
         """Give the decoded bytes of a block of the table, read-only; kept for a while.
@@ -290,11 +304,14 @@ class StreamReader:
                 self._cache.move_to_end(index)
                 return found
         place = self.table.blocks[index]
-        payload = self._file.payload(place.entry)
+        if index in self._lost:  # not read again for each of its packets
+            raise self._file.corrupt(place.entry.offset, self._lost[index])
         try:
+            payload = self._file.payload(place.entry)
             codec = self._codecs[place.block.codec]
             decoded = codecs.decode(codec, payload, place.block.raw_length)
-        except (FormatError, KeyError) as error:
+        except FormatError as error:
+            self._lost[index] = str(error)
             raise self._file.corrupt(place.entry.offset, str(error)) from error
         decoded.flags.writeable = False
         with self._lock:
@@ -316,7 +333,8 @@ class StreamReader:
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
         self._cached = 0
-        self._codecs = _codec_table(found.header)
+        self._lost: dict[int, str] = {}
+        self._codecs = _codec_table(found.header, self.path)
         for region in found.damage:
             self._fault = self._fault or self._file.corrupt(region.offset, region.reason)
         parts = _Parts()
@@ -334,7 +352,7 @@ class StreamReader:
         self.features: Mapping[int, NDArray[np.uint32]] = MappingProxyType(parts.features)
         self.tokens = tuple(parts.tokens)
         self.token_texts: Mapping[int, str] = MappingProxyType(parts.texts)
-        self.table: PacketTable = table.build(parts.blocks)
+        self.table: PacketTable = self._table(parts.blocks)
         self._drop_partial()
 
     def _believed(self) -> Iterator[tuple[int, Entry]]:
@@ -345,6 +363,20 @@ class StreamReader:
                 if entry.offset >= first:
                     return
                 yield number, entry
+
+    def _table(self, blocks: list[BlockPlace]) -> PacketTable:
+        """Build the table of the blocks that don't contradict those before them."""
+        rows = table.build(blocks)
+        while doubted := set(table.conflicts(rows)):
+            first = min(doubted)
+            for index in sorted(doubted) if self._skip else (first,):
+                entry = blocks[index].entry
+                reason = "BLOCK repeats a sequence number, or differs from the part before it"
+                self._note(self._file.corrupt(entry.offset, reason), entry)
+            end = len(blocks) if self._skip else first
+            blocks = [one for i, one in enumerate(blocks[:end]) if i not in doubted]
+            rows = table.build(blocks)
+        return rows
 
     def _drop_partial(self) -> None:
         """Leave out packets whose last parts were not committed, or are lost."""
@@ -390,6 +422,7 @@ class _Parts:
     """What the believed records of a log hold, kind by kind."""
 
     layers: dict[int, LayerInfo] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
     features: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
     passes: dict[int, list[Entry]] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
@@ -398,10 +431,17 @@ class _Parts:
 
     def add(self, entry: Entry, group: int, file: LogFile, codec_table: Mapping[int, Any]) -> None:
         """Take a record in; raises `FormatError` where it is malformed."""
+        if entry.opcode in _BARE and entry.payload_length:
+            msg = f"opcode {entry.opcode} has no payload; found {entry.payload_length} bytes"
+            raise FormatError(msg)
         match entry.opcode:
             case Opcode.LAYER:
                 info = Layer.decode(entry.header).info
+                if info.id in self.layers or info.name in self.names:
+                    msg = f"layer {info.id}, {info.name!r}, was declared before"
+                    raise FormatError(msg)
                 self.layers[info.id] = info
+                self.names.add(info.name)
             case Opcode.FEATURES:
                 kept = Features.decode(entry.header, file.payload(entry))
                 self.features[kept.width] = kept.indices
@@ -422,17 +462,21 @@ class _Parts:
                 self.blocks.append(BlockPlace(entry, block, group))
 
 
-def _codec_table(header: Mapping[str, Any]) -> dict[int, Mapping[str, Any] | None]:
+def _codec_table(header: Mapping[str, Any], path: Path) -> dict[int, Mapping[str, Any] | None]:
     declared = header.get("codecs")
     if not isinstance(declared, dict):
-        msg = f"the HEADER declares no codecs; found {declared!r:.100}"
+        msg = f"the HEADER of {path} declares no codecs; found {declared!r:.100}"
         raise FormatError(msg)
     table: dict[int, Mapping[str, Any] | None] = {}
     for key, config in declared.items():
         usable = config is None or isinstance(config, dict)
         if not key.isdecimal() or not usable:
-            msg = f"the HEADER declares codec {key!r} as {config!r:.100}"
+            msg = f"the HEADER of {path} declares codec {key!r} as {config!r:.100}"
             raise FormatError(msg)
-        codecs.check_config(config)
+        try:
+            codecs.check_config(config)
+        except FormatError as error:
+            msg = f"{path} can't be read: {error}"
+            raise FormatError(msg) from error
         table[int(key)] = config
     return table

@@ -62,6 +62,7 @@ COMMIT_LIMIT: Final = 256 << 20  # bytes of a group's directory
 NO_POSITION: Final = -(1 << 63)
 _AXES_LIMIT: Final = 16
 _NDIM_LIMIT: Final = 64
+_SIZE_LIMIT: Final = 1 << 58  # what NumPy takes of 16 bytes each; also where a length is 0
 
 
 class Opcode(IntEnum):
@@ -259,9 +260,12 @@ class Features:
     def decode(cls, header: bytes, payload: bytes) -> Self:
         """Read the record's header and payload."""
         width, count = _unpack_whole(cls._HEAD, header, "FEATURES")
+        if len(payload) != 4 * count or count > width:
+            msg = f"FEATURES of width {width} declares {count} indices in {len(payload)} bytes"
+            raise FormatError(msg)
         indices = np.frombuffer(payload, "<u4")
-        if indices.size != count or count > width or np.any(indices >= width):
-            msg = f"FEATURES of width {width} declares {count} indices; found {indices.size}"
+        if np.any(indices >= width) or np.any(indices[1:] <= indices[:-1]):
+            msg = f"FEATURES of width {width}: wanted ascending indices below it"
             raise FormatError(msg)
         return cls(width, indices)
 
@@ -324,14 +328,20 @@ class Pass:
     @classmethod
     def peek(cls, header: bytes) -> int:
         """Give the index of the pass, without the rest."""
-        return int(_Cursor(header, "PASS").unpack(cls._HEAD)[0])
+        index = int(_Cursor(header, "PASS").unpack(cls._HEAD)[0])
+        if index >= 1 << 63:
+            msg = f"PASS has index {index}; wanted one below 2**63"
+            raise FormatError(msg)
+        return index
 
     @classmethod
     def decode(cls, header: bytes, payload: bytes) -> Self:
         """Read the record's header and payload."""
         cursor = _Cursor(header, "PASS")
         index, keep, labels, entry_length, count, flags = cursor.unpack(cls._HEAD)
-        if count > _AXES_LIMIT or flags & ~(_CLOSED | _ABORTED | _STATUS):
+        status = bool(flags & _STATUS)
+        unknown = flags & ~(_CLOSED | _ABORTED | _STATUS)
+        if count > _AXES_LIMIT or unknown or (status and (count or labels)):
             msg = f"PASS {index} has {count} axes and flags {flags:#x}"
             raise FormatError(msg)
         entry = cursor.text(entry_length)
@@ -342,7 +352,7 @@ class Pass:
         values.finish()
         closed = bool(flags & _CLOSED)
         info = PassInfo(index, axes, annotations, bool(flags & _ABORTED), entry, keep)
-        return cls(info, closed, bool(flags & _STATUS))
+        return cls(info, closed, status)
 
 
 def _encode_axis(axis: Axis) -> tuple[list[bytes], tuple[int, int, int]]:
@@ -508,8 +518,8 @@ def _decode_shape(cursor: _Cursor) -> tuple[int, ...]:
         msg = f"a shape has {ndim} dimensions; the limit is {_NDIM_LIMIT}"
         raise FormatError(msg)
     shape: tuple[int, ...] = cursor.unpack(struct.Struct(f"<{ndim}Q"))
-    if _size(tuple(max(length, 1) for length in shape)) > 1 << 62:
-        msg = f"shape {shape} has more than 2**62 elements"
+    if _size(tuple(max(length, 1) for length in shape)) > _SIZE_LIMIT:
+        msg = f"shape {shape} is beyond {_SIZE_LIMIT} elements"
         raise FormatError(msg)
     return shape
 
@@ -517,13 +527,14 @@ def _decode_shape(cursor: _Cursor) -> tuple[int, ...]:
 def _decode_run(cursor: _Cursor, layout: struct.Struct, shapes: int) -> Run:
     *values, reserved = cursor.unpack(layout)
     run = Run(*values)
-    last = run.seq + (run.count - 1) * run.seq_step
+    last_seq = run.seq + (run.count - 1) * run.seq_step
+    last_pass = run.pass_index + (run.count - 1) * run.pass_step
     steps = run.count == 1 or run.seq_step > 0
     parts = 0 <= run.part < run.parts and not (run.parts > 1 and run.alias_back)
     if reserved or run.shape >= shapes or run.count == 0 or not steps or not parts:
         msg = f"BLOCK has an impossible run {run}"
         raise FormatError(msg)
-    if run.alias_back > run.seq or last >= 1 << 63 or run.pass_index >= 1 << 63:
+    if run.alias_back > run.seq or max(last_seq, last_pass) >= 1 << 63:
         msg = f"BLOCK has a run beyond the range of sequence numbers: {run}"
         raise FormatError(msg)
     return run
@@ -564,6 +575,9 @@ class Token:
         step, token_id, position, pass_index, time, length = cursor.unpack(cls._HEAD)
         text = cursor.text(length)
         cursor.finish()
+        if step >= 1 << 63:
+            msg = f"TOKEN has step {step}; wanted one below 2**63"
+            raise FormatError(msg)
         given = None if position == NO_POSITION else position
         return cls(TokenRecord(step, token_id, text, given, pass_index, time))
 

@@ -10,13 +10,14 @@ from typing import Final
 from actstore import files
 from actstore.errors import ConfigError, FormatError
 from actstore.stream.reader import StreamReader, open_stream
-from actstore.stream.records import MAGIC, Frame
+from actstore.stream.records import MAGIC, Commit, Frame
 from actstore.stream.scan import LogFile
 from actstore.stream.writer import CommitPoint
 
 __all__ = ["ResumePoint", "begun", "is_log", "keep_cut", "resume_point"]
 
 _STRIDE: Final = 1 << 20
+_FIRST_COMMIT: Final = Frame.SIZE + len(Commit(0, 0, 0, 0, step_boundary=True).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,23 @@ def is_log(path: Path) -> bool:
 
 
 def begun(path: Path) -> bool:
-    """Whether a log has got as far as its HEADER and first COMMIT: else nothing was captured."""
+    """Whether a log has got as far as its HEADER and first COMMIT: else nothing was captured.
+
+    A log that is damaged there, not cut short, has begun: a reader will say what is wrong with it.
+    """
     file = LogFile(path)
+    start = len(MAGIC) + Frame.SIZE
     try:
-        head = Frame.decode(file.read(len(MAGIC), min(Frame.SIZE, max(file.size - len(MAGIC), 0))))
-        return file.size >= len(MAGIC) + head.length + Frame.SIZE
+        if file.size < start:
+            return False
+        head = Frame.decode(file.read(len(MAGIC), Frame.SIZE))
+        if start + head.header_length > file.size:  # what is there of it is JSON, or it is damaged
+            rest = file.read(start, file.size - start)
+            return not (rest.isascii() and rest.decode("ascii").isprintable())
+        head.check(file.read(start, head.header_length))
+        return file.size >= len(MAGIC) + head.length + _FIRST_COMMIT
     except FormatError:
-        return file.size >= len(MAGIC) + Frame.SIZE  # damaged, not cut short: a reader will say so
+        return True
     finally:
         file.close()
 

@@ -20,7 +20,7 @@ from actstore.errors import (
 from actstore.stream import records
 from actstore.stream.records import MAGIC, Commit, Entry, Frame, Header, Index, Opcode
 
-__all__ = ["Damage", "Group", "LogFile", "Scan", "scan"]
+__all__ = ["Damage", "Group", "LogFile", "Scan", "scan", "walk"]
 
 _SIGHT: Final = 4096  # bytes read at a record's place: its frame and, mostly, its header
 _STRIDE: Final = 1 << 20
@@ -86,6 +86,7 @@ class LogFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._descriptor = -1
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -94,6 +95,9 @@ class LogFile:
         except IsADirectoryError as error:
             raise _no_log(path, "a directory") from error
         self.size = os.fstat(self._descriptor).st_size
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -144,17 +148,14 @@ class LogFile:
 
         Raises
         ------
-        StreamCorruptError
+        FormatError
             It is cut or doesn't match its checksum.
         """
-        try:
-            payload = self.read(entry.payload_offset, entry.payload_length)
-        except FormatError as error:
-            raise self.corrupt(entry.offset, str(error)) from error
+        payload = self.read(entry.payload_offset, entry.payload_length)
         found = records.crc32c(payload)
         if found != entry.payload_crc:
-            reason = f"payload CRC-32C is {found:#010x}, wanted {entry.payload_crc:#010x}"
-            raise self.corrupt(entry.offset, reason)
+            msg = f"payload CRC-32C is {found:#010x}, wanted {entry.payload_crc:#010x}"
+            raise FormatError(msg)
         return payload
 
     def corrupt(self, offset: int, reason: str) -> StreamCorruptError:
@@ -250,24 +251,50 @@ def _read_group(file: LogFile, sync: bytes, offset: int) -> Group:
 
 def _by_walking(file: LogFile, found: Scan, offset: int) -> None:
     pending: list[Entry] = []
-    for entry in _walk(file, found, offset):
-        if entry.opcode == Opcode.COMMIT:
-            try:
-                commit = Commit.decode(entry.header)
-            except FormatError as error:
-                found.damage.append(Damage(entry.offset, entry.end - entry.offset, str(error)))
-                continue
-            found.groups.append(Group(entry.offset, entry.end, commit, tuple(pending)))
-            pending = []
-        elif entry.opcode == Opcode.END:
-            closing = file.size - entry.end == len(MAGIC)
-            whole = closing and file.read(entry.end, len(MAGIC)) == MAGIC
-            found.complete = whole and not found.damage
-        elif entry.opcode not in (Opcode.PAD, Opcode.INDEX):
-            pending.append(entry)
+    index: Entry | None = None
+    for entry in walk(file, found, offset):
+        try:
+            match entry.opcode:
+                case Opcode.COMMIT:
+                    commit = Commit.decode(entry.header)
+                    found.groups.append(Group(entry.offset, entry.end, commit, tuple(pending)))
+                    pending = []
+                    file.payload(entry)
+                case Opcode.INDEX:
+                    index = entry
+                case Opcode.END:
+                    _check_end(file, found, index, entry)
+                case Opcode.PAD:
+                    pass
+                case _:
+                    pending.append(entry)
+        except FormatError as error:
+            found.damage.append(Damage(entry.offset, entry.end - entry.offset, str(error)))
+    found.complete = found.complete and not found.damage
 
 
-def _walk(file: LogFile, found: Scan, offset: int) -> Iterator[Entry]:
+def _check_end(file: LogFile, found: Scan, index: Entry | None, end: Entry) -> None:
+    """Take the INDEX in where an END and the magic close the log behind it."""
+    if index is None or index.end != end.offset or file.size - end.end != len(MAGIC):
+        return
+    if file.read(end.end, len(MAGIC)) != MAGIC:
+        return
+    found.complete = True
+    if records.decode_end(end.header) != index.offset:
+        msg = f"END says that the INDEX is at offset {records.decode_end(end.header)}"
+        raise FormatError(msg)
+    try:
+        said = Index.decode(index.header, file.payload(index))
+    except FormatError as error:
+        found.damage.append(Damage(index.offset, index.end - index.offset, str(error)))
+        return
+    found.summary = said.summary
+    if not found.damage and said.commits != tuple(group.offset for group in found.groups):
+        reason = "the INDEX doesn't name the COMMITs that stand before it"
+        found.damage.append(Damage(index.offset, index.end - index.offset, reason))
+
+
+def walk(file: LogFile, found: Scan, offset: int) -> Iterator[Entry]:
     """Yield the intact records from an offset on; what lies between them is damage."""
     while offset < file.size:
         try:

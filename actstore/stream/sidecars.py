@@ -47,10 +47,16 @@ def older_tokens_name(path: Path) -> Path:
 
 
 def token_metadata(reader: StreamReader) -> dict[str, Any] | None:
-    """Give a log's token table: the one beside it, else rebuilt; None without tokens."""
+    """Give a log's token table: the one beside it, else rebuilt; None without tokens.
+
+    A table that counts other tokens than the log is of another run, or from before a resume that
+    was killed: there, the log counts.
+    """
     for name in (tokens_name(reader.path), older_tokens_name(reader.path)):
         if name.exists():
-            return read_tokens(name)
+            found = read_tokens(name)
+            if not reader.tokens or found["total_tokens"] == len(reader.tokens):
+                return found
     if not reader.tokens:
         return None
     return {

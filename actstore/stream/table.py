@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore import dtypes
-from actstore.errors import FormatError
 from actstore.stream.records import Block, Entry
 
-__all__ = ["COLUMNS", "BlockPlace", "PacketTable", "build"]
+__all__ = ["COLUMNS", "BlockPlace", "PacketTable", "build", "conflicts"]
 
 Integers = NDArray[np.int64]
 
@@ -105,13 +104,7 @@ _RUN_COLUMNS: Final = (
 
 
 def build(blocks: Sequence[BlockPlace]) -> PacketTable:
-    """Expand the runs of all blocks.
-
-    Raises
-    ------
-    FormatError
-        Two packets have the same sequence number.
-    """
+    """Expand the runs of all blocks."""
     shapes: dict[tuple[int, ...], int] = {}
     runs = [row for index, place in enumerate(blocks) for row in _runs(place.block, index, shapes)]
     columns = np.array(runs, np.int64).reshape(-1, len(_RUN_COLUMNS))
@@ -127,8 +120,22 @@ def build(blocks: Sequence[BlockPlace]) -> PacketTable:
     table["encoded"] = _shares(table["block"], table["nbytes"], blocks)
     order = np.lexsort((table["part"], table["seq"]))
     table = {name: np.ascontiguousarray(column[order]) for name, column in table.items()}
-    _check_unique(table)
     return PacketTable(**table, shapes=tuple(shapes), blocks=tuple(blocks))
+
+
+def conflicts(rows: PacketTable) -> list[int]:
+    """Give the blocks that contradict an earlier one: a sequence number twice, parts that differ.
+
+    Returns
+    -------
+    list of int
+        Indices into ``rows.blocks``, ascending.
+    """
+    again = np.flatnonzero(rows.seq[1:] == rows.seq[:-1]) + 1
+    differs = rows.part[again] == rows.part[again - 1]
+    for column in (rows.pass_index, rows.call, rows.layer, rows.dtype, rows.shape, rows.parts):
+        differs |= column[again] != column[again - 1]
+    return [int(block) for block in np.unique(rows.block[again[differs]])]
 
 
 def _runs(block: Block, index: int, shapes: dict[tuple[int, ...], int]) -> list[tuple[int, ...]]:
@@ -160,12 +167,3 @@ def _shares(block: Integers, nbytes: Integers, blocks: Sequence[BlockPlace]) -> 
     raw = np.array([max(place.block.raw_length, 1) for place in blocks], np.int64)[block]
     # both factors are under 2**25 (a block's limits), so that the products fit
     return (inside + nbytes) * encoded // raw - inside * encoded // raw
-
-
-def _check_unique(table: dict[str, Any]) -> None:
-    seq, part, parts = table["seq"], table["part"], table["parts"]
-    same = seq[1:] == seq[:-1]
-    if np.any(same & (part[1:] == part[:-1])) or np.any(same & (parts[1:] != parts[:-1])):
-        first = int(seq[1:][same][0])
-        msg = f"two packets have the sequence number {first}"
-        raise FormatError(msg)

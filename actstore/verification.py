@@ -1,0 +1,259 @@
+"""Owns telling whether a log or an archive is intact: every checksum of it, whoever wrote it.
+
+Reads all of the file or folder once, and holds no more than a block or a chunk of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actstore import codecs, dtypes
+from actstore.archive import store
+from actstore.archive.checks import ArchiveCheck
+from actstore.errors import ConfigError, FormatError, MissingFileError, StreamCorruptError
+from actstore.stream import records
+from actstore.stream.reader import StreamReader
+from actstore.stream.records import MAGIC, Block, Commit, Entry, Opcode
+from actstore.stream.recover import is_log
+from actstore.stream.scan import LogFile, Scan, walk
+
+__all__ = ["Damaged", "Report", "verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A record of a log, or a file or chunk of an archive, that is not as it was written.
+
+    Attributes
+    ----------
+    where : str
+        Of a log the kind of record, or ``"gap"`` for bytes that are no record; of an archive the
+        file within it and, of a shard, the number of the inner chunk.
+    offset : int
+        Where it begins in a log; -1 in an archive.
+    reason : str
+        What was wanted and what was found.
+    """
+
+    where: str
+    offset: int
+    reason: str
+
+    def __str__(self) -> str:
+        place = f"{self.where} at byte {self.offset}" if self.offset >= 0 else self.where
+        return f"{place}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What verification found.
+
+    Attributes
+    ----------
+    path : Path
+        What was verified.
+    kind : {"log", "archive"}
+        What it is.
+    damage : tuple of Damaged
+        All that is damaged; empty where everything is intact.
+    checked : mapping of str to int
+        How much was looked at: of a log the records of each kind and the packets, of an archive
+        its arrays, files and chunks.
+    bytes : int
+        Bytes that were read.
+    complete : bool
+        Of a log: it was closed cleanly. One that was not is no damage: its writer died, and what
+        it committed is intact.
+    """
+
+    path: Path
+    kind: str
+    damage: tuple[Damaged, ...]
+    checked: Mapping[str, int]
+    bytes: int
+    complete: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damage
+
+
+def verify(path: str | os.PathLike[str]) -> Report:
+    """Check every checksum of a log or an archive.
+
+    Of a log each record's frame, header and payload is read, without trusting its index, and
+    each block is decoded; of an archive the checksum of every chunk, and whether metadata, files
+    and the rows that must be there agree.
+
+    Parameters
+    ----------
+    path : path
+        A ``.stream`` log or an archive's folder.
+
+    Returns
+    -------
+    Report
+        ``ok``, and all ``damage`` by name or offset.
+
+    Raises
+    ------
+    MissingFileError
+        There is nothing at that path.
+    FormatError
+        It is neither a log nor an archive.
+    UnsupportedVersionError
+        It is one of a version that this actstore doesn't know.
+    """
+    try:
+        place = Path(path)
+    except TypeError:
+        msg = f"verify wants the path of a log or an archive; got {path!r}"
+        raise ConfigError(msg) from None
+    if not place.exists():
+        msg = f"nothing at {place}: give the path of a .stream log or of an archive"
+        raise MissingFileError(msg)
+    if place.is_dir():
+        return _verify_archive(place)
+    if not is_log(place):
+        msg = f"{place} is neither a .stream log nor an archive, which is a Zarr folder"
+        raise FormatError(msg)
+    return _verify_log(place)
+
+
+def _verify_archive(folder: Path) -> Report:
+    store.check_identity(folder)
+    check = ArchiveCheck(folder)
+    found = tuple(Damaged(one.where, -1, one.reason) for one in check.findings())
+    return Report(folder, "archive", found, dict(check.checked), check.nbytes, complete=True)
+
+
+def _verify_log(path: Path) -> Report:
+    try:
+        reader = StreamReader(path, errors="skip")
+    except StreamCorruptError as error:
+        lost = (Damaged("HEADER", error.offset, str(error)),)
+        return Report(path, "log", lost, {}, path.stat().st_size, complete=False)
+    with reader, closing(LogFile(path)) as file:
+        check = _LogCheck(reader, file)
+        found: dict[int, Damaged] = {}
+        for one in check.findings():
+            found.setdefault(one.offset, one)
+        damage = tuple(found[offset] for offset in sorted(found))
+        complete = reader.scan.complete
+        return Report(path, "log", damage, dict(check.checked), file.size, complete)
+
+
+@dataclass(slots=True)
+class _LogCheck:
+    """Walks a log from its first byte on."""
+
+    reader: StreamReader
+    file: LogFile
+    checked: Counter[str] = field(default_factory=Counter)
+
+    def findings(self) -> Iterator[Damaged]:
+        """Yield what is damaged; the same place perhaps more than once."""
+        walked = Scan({}, self.reader.scan.sync)
+        group: list[Entry] = []
+        waiting: list[Damaged] = []  # counts when a COMMIT follows: before, it is a torn tail
+        index: Entry | None = None
+        for entry in walk(self.file, walked, len(MAGIC)):
+            self.checked[_name(entry.opcode)] += 1
+            waiting += self._record(entry)
+            match entry.opcode:
+                case Opcode.COMMIT:
+                    gaps = bool(walked.damage)
+                    waiting += self._directory(entry, group, gaps=gaps)
+                    yield from waiting
+                    waiting, group = [], []
+                case Opcode.INDEX | Opcode.END:
+                    index = entry if entry.opcode == Opcode.INDEX else index
+                    yield from waiting
+                    waiting = []
+                case Opcode.PAD | Opcode.HEADER:
+                    pass
+                case _:
+                    group.append(entry)
+        yield from (Damaged("gap", one.offset, one.reason) for one in walked.damage)
+        yield from self._end(index)
+        yield from self._packets()
+
+    def _record(self, entry: Entry) -> Iterator[Damaged]:
+        """Check a record's payload, and decode a block's."""
+        try:
+            payload = self.file.payload(entry)
+            if entry.opcode == Opcode.BLOCK:
+                block = Block.decode(entry.header)
+                table: Mapping[str, Any] = self.reader.header["codecs"]
+                if str(block.codec) in table:  # else the reader says so
+                    codecs.decode(table[str(block.codec)], payload, block.raw_length)
+        except FormatError as error:
+            yield Damaged(_name(entry.opcode), entry.offset, str(error))
+
+    def _directory(self, commit: Entry, group: list[Entry], *, gaps: bool) -> Iterator[Damaged]:
+        """Compare a group's directory with its records; where there is a gap, with those left."""
+        try:
+            start = Commit.decode(commit.header).start
+            entries = records.decode_entries(self.file.payload(commit))
+            said = [entry for entry in entries if entry.opcode != Opcode.PAD]
+        except FormatError as error:
+            yield Damaged("COMMIT", commit.offset, str(error))
+            return
+        group = [entry for entry in group if entry.offset >= start]
+        same = all(entry in said for entry in group) if gaps else group == said
+        if not same:
+            reason = "its directory doesn't name the records of its group"
+            yield Damaged("COMMIT", commit.offset, reason)
+
+    def _end(self, index: Entry | None) -> Iterator[Damaged]:
+        """Tell a damaged end of a closed log from the end of one that was not closed."""
+        whole = index is not None and index.end + records.TAIL_SIZE == self.file.size
+        if index is not None and whole and not self.reader.scan.complete:
+            yield Damaged("END", index.end, "END and the magic behind the INDEX are not intact")
+
+    def _packets(self) -> Iterator[Damaged]:
+        """Check what the records mean together: what the reader finds, aliases, and parts."""
+        reader, rows = self.reader, self.reader.table
+        self.checked["packets"] = reader.packet_count
+        _ = reader.passes  # decodes them, and notes what it can't
+        yield from (Damaged("record", one.offset, one.reason) for one in reader.damage)
+        aliases = np.flatnonzero(rows.alias_of >= 0)
+        for row in aliases.tolist() if not self._resolves(aliases) else ():
+            try:
+                reader.resolve(np.array([row]))
+            except StreamCorruptError as error:
+                yield Damaged("BLOCK", error.offset, str(error))
+        split = np.flatnonzero((rows.parts > 1) & rows.whole())
+        for row in split.tolist():
+            last = row + int(rows.parts[row])
+            kind = dtypes.from_code(int(rows.dtype[row]))
+            size = kind.itemsize * int(np.prod(rows.shapes[int(rows.shape[row])], dtype=np.int64))
+            found = int(rows.nbytes[row:last].sum())
+            if found != size:
+                offset = rows.blocks[int(rows.block[row])].entry.offset
+                yield Damaged(
+                    "BLOCK", offset, f"its packet's parts have {found} bytes, not {size}"
+                )
+
+    def _resolves(self, aliases: Any) -> bool:
+        try:
+            self.reader.resolve(aliases)
+        except StreamCorruptError:
+            return False
+        return True
+
+
+def _name(opcode: int) -> str:
+    try:
+        return Opcode(opcode).name
+    except ValueError:
+        return f"opcode {opcode:#04x}"
