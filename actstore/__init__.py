@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         analyze_activations_with_tokens as analyze_activations_with_tokens,
     )
     from actstore.stream.reader import open_stream as open_stream
+    from actstore.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOMES = {
     "compact": "actstore.compaction",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
+    "verify": "actstore.verification",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "compact",
     "open_dataset",
     "open_stream",
+    "verify",
 ]
 
 

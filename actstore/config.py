@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -104,7 +104,7 @@ class HookConfig:
         `fnmatch` (``"model.layers.*.mlp"``; ``*`` also matches dots), or a predicate of the name,
         or of the name and the module. None is all.
     sampling_seed : int
-        The seed of the features that ``SAMPLED_SLICES`` draws, recorded in the log.
+        Not negative. The seed of the features that ``SAMPLED_SLICES`` draws, recorded in the log.
 
     Raises
     ------
@@ -124,8 +124,9 @@ class HookConfig:
         if self.sampling_rate > 1:
             msg = f"sampling_rate must be in (0, 1]; got {self.sampling_rate!r}"
             raise ConfigError(msg)
-        if isinstance(self.sampling_seed, bool) or not isinstance(self.sampling_seed, int):
-            msg = f"sampling_seed must be an int; got {self.sampling_seed!r}"
+        seed = self.sampling_seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            msg = f"sampling_seed must be a non-negative int; got {seed!r}"
             raise ConfigError(msg)
         _check_targets(self.target_layers)
 
@@ -139,7 +140,7 @@ def _check_granularity(name: str, value: Any) -> None:
 
 def _check_positive(name: str, value: Any, wanted: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not 0 < value <= sys.float_info.max:  # NaN compares as neither
         msg = f"{name} must be a positive, finite number ({wanted}); got {value!r}"
         raise ConfigError(msg)
 

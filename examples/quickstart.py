@@ -11,12 +11,12 @@ import argparse
 import inspect
 import shutil
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import matplotlib as mpl
 import numpy as np
 import torch
 import xarray as xr
-from pydoc_data.topics import topics
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import actstore
@@ -82,9 +82,7 @@ def draw(found: xr.DataArray, figure: Path) -> None:
     """Draw layer × token, with the tokens' text."""
     texts = [str(text).replace("\n", "⏎") for text in found.token_text.values]
     plot, axes = plt.subplots(figsize=(16, 4.2), layout="constrained")
-    image = axes.imshow(
-        found.values, aspect="auto", origin="lower", cmap="viridis", norm="log"
-    )
+    image = axes.imshow(found.values, aspect="auto", origin="lower", cmap="viridis", norm="log")
     axes.set_xticks(range(len(texts)), texts, rotation=90, fontsize=7)
     axes.set_yticks(range(found.sizes["layer"]), [str(one) for one in found.layer.values])
     boundary = float((found.pass_index == 0).sum()) - 0.5
@@ -92,7 +90,11 @@ def draw(found: xr.DataArray, figure: Path) -> None:
     axes.set_xlabel("input token (left of the line: the prompt)")
     axes.set_ylabel("block")
     axes.set_title("How much each block changes the residual stream")
-    plot.colorbar(image, label="|after − before| / |before|", pad=0.01)
+    ticks = [0.2, 0.5, 1, 2, 5, 10, 20, 50]
+    shown = [tick for tick in ticks if found.min() <= tick <= found.max()]
+    bar = plot.colorbar(image, label="|after − before| / |before|", pad=0.01, ticks=shown)
+    bar.ax.set_yticks([], minor=True)
+    bar.ax.set_yticklabels([f"{tick:g}" for tick in shown])
     plot.savefig(figure, dpi=110)
     plt.close(plot)
 

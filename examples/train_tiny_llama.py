@@ -18,7 +18,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data import topics
 
@@ -44,6 +44,14 @@ COLUMNS = (
     "`<s>` norm / median",
     "max / rms, no `<s>`",
     "features over 6 rms, no `<s>`",
+)
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "act_fn", "down_proj")
+SITE_COLUMNS = (
+    "weights",
+    "module",
+    "kurtosis",
+    "largest feature rms / median",
+    "features with over 3 times the median rms",
 )
 VOCABULARY = 2048
 WINDOW = 256
@@ -302,6 +310,42 @@ def statistics(found: torch.Tensor) -> list[str]:
     ]
 
 
+@torch.no_grad()
+def site_outputs(model: LlamaForCausalLM, windows: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """Give the outputs of the modules inside the blocks, by the end of their name, in float64."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in SITES}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, out: found[name].append(out.double())
+
+    handles = [
+        module.register_forward_hook(keep(site))
+        for name, module in model.named_modules()
+        for site in SITES
+        if name.endswith(f".{site}")
+    ]
+    model.eval()(windows)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def site_statistics(blocks: list[torch.Tensor]) -> list[str]:
+    """Give one site's cells of the table, each the range over its blocks."""
+    kurtosis, shares, counts = [], [], []
+    for found in blocks:
+        rms = found.pow(2).mean().sqrt()
+        each = found.pow(2).mean((0, 1)).sqrt()
+        kurtosis.append(float(found.pow(4).mean() / rms.pow(4)))
+        shares.append(float(each.max() / each.median()))
+        counts.append(int((each > 3 * each.median()).sum()))
+    return [
+        f"{min(kurtosis):.1f}–{max(kurtosis):.1f}",
+        f"{min(shares):.2f}–{max(shares):.2f}",
+        f"{min(counts)}–{max(counts)} of {blocks[0].shape[-1]}",
+    ]
+
+
 def report_corpus(found: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> None:
     """Print a table of the sources: version, documents, bytes, tokens."""
     print("| source | version | documents | bytes | tokens |\n|---|---|---|---|---|")
@@ -359,7 +403,7 @@ def report_samples(folder: Path) -> None:
 
 
 def report_statistics(folder: Path, texts: list[str]) -> None:
-    """Print the table of the blocks' outputs, trained and random, in bfloat16 and float32."""
+    """Print the tables of the blocks' and their modules' outputs, trained and random."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [tokenizer(text)["input_ids"][:WINDOW] for text in texts]
     windows = torch.tensor([row for row in rows if len(row) == WINDOW][:MEASURED])
@@ -376,6 +420,15 @@ def report_statistics(folder: Path, texts: list[str]) -> None:
             for block, found in enumerate(block_outputs(model, windows)):
                 cells = [weights, name, str(block), *statistics(found)]
                 print(f"| {' | '.join(cells)} |")
+    print("\noutputs of the modules inside the blocks, float32, the range over the blocks")
+    print(f"| {' | '.join(SITE_COLUMNS)} |")
+    print("|---" * len(SITE_COLUMNS) + "|")
+    for weights in ("trained", "random"):
+        model = make_model()
+        if weights == "trained":
+            model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for site, blocks in site_outputs(model, windows).items():
+            print(f"| {' | '.join([weights, f'`{site}`', *site_statistics(blocks)])} |")
 
 
 def report(folder: Path, found: dict[str, str]) -> None:

@@ -26,6 +26,9 @@ from hypothesis import settings
 
 _SEED = 20_240_501
 
+# --doctest-modules would import every conftest.py by the same name
+collect_ignore_glob = ["*conftest.py"]
+
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=2_000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -70,7 +70,7 @@ def test_a_rate_of_none_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [1e-9, 0.001, 0.00104])
 def test_a_budget_too_small_to_work_with_is_refused_naming_the_least(value: float) -> None:
-    with pytest.raises(ConfigError, match="0.001049"):
+    with pytest.raises(ConfigError, match=r"0\.001049"):
         InstrumentationConfig(FULL, max_memory_gb=value)
 
 

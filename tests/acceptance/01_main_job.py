@@ -125,7 +125,7 @@ def api_examples() -> str:
         os.chdir(folder)
         try:
             for source in _EXAMPLES:
-                exec(source, space)  # noqa: S102 - they are the contract, printed above
+                exec(source, space)
             found = actstore.analyze_activations_with_tokens("gen.stream", framework)
             assert found["token_metadata"]["total_tokens"] == 64
             assert found["packets_per_token"] == found["packets"] / 64

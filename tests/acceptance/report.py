@@ -1,4 +1,4 @@
-"""Prints one line for each thing that must hold: PASS or FAIL, and the figure that was measured."""
+"""Prints a line for each thing that must hold: PASS or FAIL, and the measured figure."""
 
 from __future__ import annotations
 

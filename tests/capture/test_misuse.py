@@ -93,9 +93,11 @@ def test_a_link_to_a_log_is_moved_aside_not_the_log(tmp_path: Path) -> None:
         model(torch.ones(1, 8))
     before = (tmp_path / "real.stream").read_bytes()
     (tmp_path / "link.stream").symlink_to("real.stream")
-    with pytest.warns(ActstoreWarning, match="held a log"):
-        with capturing(model, tmp_path / "link.stream"):
-            model(torch.ones(2, 8))
+    with (
+        pytest.warns(ActstoreWarning, match="held a log"),
+        capturing(model, tmp_path / "link.stream"),
+    ):
+        model(torch.ones(2, 8))
     assert (tmp_path / "real.stream").read_bytes() == before
     assert (tmp_path / "link.1.stream").is_symlink()
     assert not (tmp_path / "link.stream").is_symlink()
@@ -142,7 +144,7 @@ def test_hooks_that_are_no_hook_config_are_refused(hooks: Any) -> None:
 
 def test_a_hook_config_of_another_granularity_is_refused() -> None:
     hooks = HookConfig(granularity=HookGranularity.MLP_ONLY)
-    with pytest.raises(ConfigError, match="MLP_ONLY.*FULL_TENSOR"):
+    with pytest.raises(ConfigError, match=r"MLP_ONLY.*FULL_TENSOR"):
         framework().instrument_model(sequential(), hooks)
 
 
@@ -294,9 +296,11 @@ def test_a_full_disk_surfaces_at_the_end_of_the_with(
 ) -> None:
     _failing(monkeypatch, after=1)
     model = sequential()
-    with pytest.raises(CaptureError, match=r"gen\.stream failed: .*no space left") as caught:
-        with capturing(model, log):
-            model(torch.ones(1, 8))
+    with (
+        pytest.raises(CaptureError, match=r"gen\.stream failed: .*no space left") as caught,
+        capturing(model, log),
+    ):
+        model(torch.ones(1, 8))
     assert isinstance(caught.value.__cause__, OSError)
     assert not hooks_of(model)
     with open_stream(log) as reader:
@@ -309,19 +313,21 @@ def test_a_full_disk_surfaces_from_a_checkpoint_and_then_from_the_next_hook(
     _failing(monkeypatch, after=2)
     model = sequential()
     raised = []
-    with pytest.raises(CaptureError, match="no space left"):
-        with capturing(model, log, track_per_token=True, checkpoint_interval_tokens=1) as tracker:
-            model(torch.ones(1, 8))
-            tracker.record_token(1, "one")
-            model(torch.ones(1, 8))
-            for work in (
-                lambda: tracker.record_token(2, "two"),
-                lambda: model(torch.ones(1, 8)),
-                lambda: tracker.record_token(3, "three"),
-            ):
-                with pytest.raises(CaptureError, match="no space left") as caught:
-                    work()
-                raised.append(caught.value)
+    with (
+        pytest.raises(CaptureError, match="no space left"),
+        capturing(model, log, track_per_token=True, checkpoint_interval_tokens=1) as tracker,
+    ):
+        model(torch.ones(1, 8))
+        tracker.record_token(1, "one")
+        model(torch.ones(1, 8))
+        for work in (
+            lambda: tracker.record_token(2, "two"),
+            lambda: model(torch.ones(1, 8)),
+            lambda: tracker.record_token(3, "three"),
+        ):
+            with pytest.raises(CaptureError, match="no space left") as caught:
+                work()
+            raised.append(caught.value)
     assert len(raised) == 3
     assert not hooks_of(model)
     with open_stream(log) as reader:

@@ -1,4 +1,4 @@
-"""Every vector of `schemas/vectors` is read as its JSON says; and the vectors are what make.py says."""
+"""Every vector of `schemas/vectors` is read as its JSON says, and is what make.py makes."""
 
 from __future__ import annotations
 
