@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import xarray as xr
 from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging
 
 import actstore
 
@@ -39,7 +40,8 @@ def capture(log: Path) -> actstore.InstrumentationFramework:
     framework = actstore.InstrumentationFramework(config)
     framework.instrument_model(model, tokenizer=tokenizer)
     text = inspect.cleandoc(topics["exceptions"])
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, :PROMPT_TOKENS]
+    prompt = tokenizer(text, truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt")
+    ids = prompt.input_ids
     with (
         torch.no_grad(),
         framework.capture_activations(
@@ -69,20 +71,20 @@ def analyse(log: Path, framework: actstore.InstrumentationFramework) -> None:
 
 
 def change(dataset: xr.Dataset) -> xr.DataArray:
-    """Give how much each block changes the residual stream: |after - before| / |before|."""
+    """Give how much of the residual stream each block changes: |after - before| / |after|."""
     after = dataset.resid.drop_vars("module")
     first = dataset.embed.expand_dims(layer=[-1])
     before = xr.concat([first, after], "layer").isel(layer=slice(None, -1))
     before = before.assign_coords(layer=after.layer)
     moved = np.sqrt(((after - before) ** 2).sum("feature"))
-    return moved / np.sqrt((before**2).sum("feature"))
+    return moved / np.sqrt((after**2).sum("feature"))
 
 
 def draw(found: xr.DataArray, figure: Path) -> None:
     """Draw layer × token, with the tokens' text."""
     texts = [str(text).replace("\n", "⏎") for text in found.token_text.values]
     plot, axes = plt.subplots(figsize=(16, 4.2), layout="constrained")
-    image = axes.imshow(found.values, aspect="auto", origin="lower", cmap="viridis", norm="log")
+    image = axes.imshow(found.values, aspect="auto", origin="lower", cmap="viridis", vmin=0)
     axes.set_xticks(range(len(texts)), texts, rotation=90, fontsize=7)
     axes.set_yticks(range(found.sizes["layer"]), [str(one) for one in found.layer.values])
     boundary = float((found.pass_index == 0).sum()) - 0.5
@@ -90,11 +92,7 @@ def draw(found: xr.DataArray, figure: Path) -> None:
     axes.set_xlabel("input token (left of the line: the prompt)")
     axes.set_ylabel("block")
     axes.set_title("How much each block changes the residual stream")
-    ticks = [0.2, 0.5, 1, 2, 5, 10, 20, 50]
-    shown = [tick for tick in ticks if found.min() <= tick <= found.max()]
-    bar = plot.colorbar(image, label="|after − before| / |before|", pad=0.01, ticks=shown)
-    bar.ax.set_yticks([], minor=True)
-    bar.ax.set_yticklabels([f"{tick:g}" for tick in shown])
+    plot.colorbar(image, label="|after − before| / |after|", pad=0.01)
     plot.savefig(figure, dpi=110)
     plt.close(plot)
 
@@ -104,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", nargs="?", type=Path, default=Path("quickstart-output"))
     out: Path = parser.parse_args().out
+    logging.disable_progress_bar()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     log, archive, figure = out / "run.stream", out / "run.zarr", out / "change.png"
@@ -120,7 +119,7 @@ def main() -> None:
         top = found.isel(found.argmax(["layer", "token"]))
         print(
             f"\nblock {int(top.layer)} changes most at token {str(top.token_text.item())!r} "
-            f"(position {int(top.position)}): {float(top):.2f} times the stream's length"
+            f"(position {int(top.position)}): {float(top):.2f} of the stream's length after it"
         )
         draw(found, figure)
     print(f"wrote {log}, {archive} and {figure}")
