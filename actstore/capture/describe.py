@@ -96,6 +96,12 @@ def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
 def _model(name: str, model: nn.Module) -> dict[str, Any]:
     dtypes = Counter[str]()
     for parameter in model.parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            msg = (
+                f"{type(model).__name__} has lazy parameters without a shape; run it once before "
+                "it is captured"
+            )
+            raise ConfigError(msg)
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return {
         "name": name,
@@ -111,7 +117,7 @@ def _config(model: nn.Module) -> dict[str, Any] | None:
     dump = getattr(getattr(model, "config", None), "to_json_string", None)
     if not callable(dump):
         return None
-    found = json.loads(dump(use_diff=False))
+    found = json.loads(dump(use_diff=False), parse_constant=str)  # JSON has no NaN
     return found if isinstance(found, dict) else None
 
 
@@ -119,7 +125,16 @@ def _rank() -> tuple[int, int]:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return _variable("RANK", 0), _variable("WORLD_SIZE", 1)
+
+
+def _variable(name: str, least: int) -> int:
+    """Give a number that a launcher left in the environment."""
+    given = os.environ.get(name, "").strip() or str(least)
+    if not given.isdecimal() or int(given) < least:
+        msg = f"the environment variable {name} must be an integer from {least}; got {given!r}"
+        raise ConfigError(msg)
+    return int(given)
 
 
 def _short(value: Any) -> str:

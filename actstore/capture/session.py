@@ -40,6 +40,7 @@ from actstore.stream.sidecars import (
     Checkpoint,
     checkpoint_name,
     older_tokens_name,
+    resume_count,
     tokens_name,
 )
 from actstore.stream.writer import CommitPoint, StreamWriter
@@ -240,7 +241,7 @@ class Capture:
             checkpoint_path,
             self._options.checkpoint_interval_tokens,
             found.start_time if found else (tokens[0].time if tokens else time.time()),
-            found.resume_count + 1 if found else 1,
+            1 + max(resume_count(self._path), found.resume_count if found else 0),
         )
         return _Run(where.point, layers, widths, tokens, checkpoints, rewrite=False)
 

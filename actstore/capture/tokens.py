@@ -67,7 +67,7 @@ class Checkpoints:
     def close(self, tokens: list[dict[str, Any]], *, clean: bool) -> None:
         """Remove the checkpoint after a clean end; bring it up to date after another."""
         if not clean:
-            if self._interval is not None:
+            if self._interval is not None or self.path.exists():
                 self.write(tokens)
             return
         with contextlib.suppress(FileNotFoundError):
@@ -139,7 +139,8 @@ class _TokenBoundaryTracker:
         table = {
             "total_tokens": len(self.tokens),
             "tokens": self.tokens,
-            "capture_duration_seconds": time.time() - self._checkpoints.start_time,
+            # not below 0 where the clock was set back
+            "capture_duration_seconds": max(time.time() - self._checkpoints.start_time, 0.0),
             "resume_count": self._checkpoints.resume_count,
         }
         _write(path, json.dumps(table, indent=2).encode())

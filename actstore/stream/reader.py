@@ -31,6 +31,7 @@ __all__ = ["StreamReader", "open_stream"]
 
 #: Decoded bytes that a reader keeps: a group and the one being read.
 CACHE_BYTES: Final = 128 << 20
+_CODEC_DIGITS: Final = 3  # a codec's id is one byte
 _BARE: Final = (Opcode.LAYER, Opcode.TOKEN, Opcode.TEXT)
 
 
@@ -470,7 +471,7 @@ def _codec_table(header: Mapping[str, Any], path: Path) -> dict[int, Mapping[str
     table: dict[int, Mapping[str, Any] | None] = {}
     for key, config in declared.items():
         usable = config is None or isinstance(config, dict)
-        if not key.isdecimal() or not usable:
+        if not (key.isascii() and key.isdecimal() and len(key) <= _CODEC_DIGITS) or not usable:
             msg = f"the HEADER of {path} declares codec {key!r} as {config!r:.100}"
             raise FormatError(msg)
         try:

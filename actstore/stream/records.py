@@ -302,7 +302,7 @@ class Pass:
         axes = () if self.status_only else info.axes
         labels = {} if self.status_only else dict(info.annotations)
         annotations = _dump(labels) if labels else b""
-        entry = info.entry.encode()
+        entry = info.entry.encode("utf-8", "surrogatepass")
         flags = (
             _CLOSED * self.closed
             | _ABORTED * (self.closed and info.aborted)
@@ -317,7 +317,7 @@ class Pass:
         payload = []
         for axis in axes:
             arrays, codes = _encode_axis(axis)
-            name = axis.name.encode()
+            name = axis.name.encode("utf-8", "surrogatepass")
             header += [
                 self._AXIS.pack(axis.batch, axis.sequence, axis.flat, *codes, len(name)),
                 name,
@@ -600,10 +600,14 @@ class Text:
         """Read the record's header."""
         found = _load(header, "TEXT")
         try:
-            texts = {int(token_id): str(text) for token_id, text in found.items()}
+            texts = {int(token_id): text for token_id, text in found.items()}
         except ValueError as error:
             msg = f"TEXT has a key that is no token id: {error}"
             raise FormatError(msg) from error
+        plain = all(str(one) == key for one, key in zip(texts, found, strict=False))
+        if not plain or not all(isinstance(text, str) for text in texts.values()):
+            msg = f"TEXT maps decimal token ids to text; found {repr(found)[:80]}"
+            raise FormatError(msg)
         return cls(texts)
 
 

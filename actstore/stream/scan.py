@@ -6,6 +6,7 @@ What the records mean together is ``table.py``'s and ``reader.py``'s business.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,9 +93,11 @@ class LogFile:
         except FileNotFoundError as error:
             msg = f"no log at {path}: give the path of a .stream file"
             raise MissingFileError(msg) from error
-        except IsADirectoryError as error:
-            raise _no_log(path, "a directory") from error
-        self.size = os.fstat(self._descriptor).st_size
+        found = os.fstat(self._descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            self.close()
+            raise _no_log(path, "a directory")
+        self.size = found.st_size
 
     def __del__(self) -> None:
         self.close()

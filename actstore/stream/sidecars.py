@@ -7,6 +7,7 @@ Both are conveniences: the log alone is enough to rebuild them. They are written
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "checkpoint_name",
     "older_tokens_name",
     "read_tokens",
+    "resume_count",
     "token_dict",
     "token_metadata",
     "tokens_name",
@@ -64,6 +66,27 @@ def token_metadata(reader: StreamReader) -> dict[str, Any] | None:
         "tokens": [token_dict(record) for record in reader.tokens],
         "capture_duration_seconds": reader.summary.get("duration_seconds"),
     }
+
+
+def resume_count(path: Path) -> int:
+    """Give how often a log was resumed until now, by the files beside it.
+
+    Raises
+    ------
+    FormatError
+        There are such files, and they don't say.
+    """
+    counts = [0]
+    for name in (tokens_name(path), checkpoint_name(path)):
+        if name.exists():
+            found = _read(name)
+            said = found.get("metadata", found)
+            counts.append(said.get("resume_count", 0) if isinstance(said, dict) else 0)
+    try:
+        return max(_integer(one, least=0) for one in counts)
+    except (TypeError, ValueError, OverflowError) as error:
+        msg = f"the files beside {path} don't say how often it was resumed: {error}"
+        raise FormatError(msg) from error
 
 
 def read_tokens(path: Path) -> dict[str, Any]:
@@ -130,14 +153,13 @@ class Checkpoint:
             )
             raise FormatError(msg)
         try:
-            tokens = tuple(_record(step, one) for step, one in enumerate(found["tokens"]))
-            metadata = found.get("metadata", {})
+            rows, metadata = found["tokens"], found.get("metadata", {})
             return cls(
-                tokens,
-                float(metadata.get("start_time", time.time())),
-                int(metadata.get("resume_count", 0)),
+                tuple(_record(step, rows[step]) for step in range(len(rows))),
+                _seconds(metadata.get("start_time", time.time())),
+                _integer(metadata.get("resume_count", 0), least=0),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             msg = f"{path} is no whole checkpoint ({error!r}); move it away to start without it"
             raise FormatError(msg) from error
 
@@ -148,12 +170,28 @@ def _record(step: int, found: dict[str, Any]) -> TokenRecord:
         position = found["token_index"]
     return TokenRecord(
         step,
-        int(found["token_id"]),
+        _integer(found["token_id"]),
         str(found["token_text"]),
-        None if position is None else int(position),
-        int(found.get("pass_index", -1)),
-        float(found.get("time", 0.0)),
+        None if position is None else _integer(position),
+        _integer(found.get("pass_index", -1), least=-1),
+        _seconds(found.get("time", 0.0)),
     )
+
+
+def _integer(value: Any, least: int = -(1 << 63)) -> int:
+    found = int(value)
+    if found != value or not least <= found < 1 << 63:
+        msg = f"{value!r:.40} is no integer from {least} to 2**63"
+        raise ValueError(msg)
+    return found
+
+
+def _seconds(value: Any) -> float:
+    found = float(value)
+    if not math.isfinite(found):
+        msg = f"{value!r} is no time"
+        raise ValueError(msg)
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -364,7 +364,23 @@ def test_a_sampled_run_goes_on_with_the_same_features(log: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"version": 2}', '{"version": 1}', '{"version": 1, "tokens": 3}'],
+    [
+        *(
+            "",
+            "{",
+            "[]",
+            "null",
+            '{"version": 2}',
+            '{"version": 1}',
+            '{"version": 1, "tokens": 3}',
+        ),
+        '{"version": 1, "tokens": {"a": 1}}',
+        '{"version": 1, "tokens": [], "metadata": {"resume_count": -5}}',
+        '{"version": 1, "tokens": [], "metadata": {"resume_count": Infinity}}',
+        '{"version": 1, "tokens": [], "metadata": {"start_time": NaN}}',
+        '{"version": 1, "tokens": [{"token_index": 0, "token_id": 1e999, "token_text": ""}]}',
+        '{"version": 1, "tokens": [{"token_index": 0, "token_id": 1e30, "token_text": ""}]}',
+    ],
 )
 def test_a_checkpoint_that_is_none_is_refused_by_name(text: str, log: Path, whole: Path) -> None:
     stopped(log, "recorded 5")
@@ -375,6 +391,14 @@ def test_a_checkpoint_that_is_none_is_refused_by_name(text: str, log: Path, whol
     assert log.read_bytes() == before
     _checkpoint(log).unlink()
     _assert_resumed(log, whole)
+
+
+def test_resumes_are_counted_also_after_clean_ends(log: Path) -> None:
+    counts = []
+    for steps in (2, 4, 6):
+        run(log, steps, resume=steps > 2)
+        counts.append(json.loads(Path(f"{log}_tokens.json").read_text())["resume_count"])
+    assert counts == [0, 1, 2]
 
 
 # -- not resumed --------------------------------------------------------------------------------
