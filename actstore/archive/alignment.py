@@ -354,9 +354,18 @@ def merge_aliases(layers: Sequence[LayerInfo], packets: Packets) -> dict[str, st
         groups.setdefault(end, [end]).append(site)
     result: dict[str, str] = {}
     for group in groups.values():
-        keeper = next((name for name in CANONICAL if name in group), group[0])
+        known = sorted(_rank(name) for name in group)
+        keeper = known[0][1] if known[0][0] < len(CANONICAL) else group[0]
         result |= {name: keeper for name in group if name != keeper}
     return result
+
+
+def _rank(site: str) -> tuple[int, str]:
+    """Give a site's place among the canonical ones, also of one stack (``encoder_attn``)."""
+    ends = (
+        place for place, one in enumerate(CANONICAL) if site == one or site.endswith(f"_{one}")
+    )
+    return next(ends, len(CANONICAL)), site
 
 
 def _target(

@@ -11,8 +11,8 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from actstore import dtypes
-from actstore.capture.passes import Entries, read_inputs
-from actstore.capture.select import Target
+from actstore.capture.passes import Entries, read_axes, read_inputs, read_rows
+from actstore.capture.select import Stack, Target
 from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
-from actstore.packet import LayerInfo, PassInfo
+from actstore.packet import Axis, LayerInfo, PassInfo
 from actstore.stream.records import Features
 
 __all__ = ["Hooks", "Sampling", "first_tensor"]
@@ -35,6 +35,10 @@ _CODES: dict[torch.dtype, int] = {
     for name, entry in dtypes.BY_NAME.items()
     if hasattr(torch, name)
 }
+
+
+#: The axes whose rows predict tokens.
+_MAIN_AXES = ("token", "decoder_token")
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -86,6 +90,8 @@ class Hooks:
         What is hooked.
     entries : Entries
         The entry modules.
+    stacks : sequence of Stack
+        The stacks of blocks, which say how many rows there are where the entries don't.
     next_seq, next_pass : int
         Where the run stands.
     known : mapping of str to LayerInfo
@@ -114,6 +120,7 @@ class Hooks:
         stage: Stage,
         targets: list[Target],
         entries: Entries,
+        stacks: Sequence[Stack] = (),
         *,
         next_seq: int = 0,
         next_pass: int = 0,
@@ -129,6 +136,7 @@ class Hooks:
         self.first_pass = next_pass
         self._stage = stage
         self._entries = entries
+        self._stacks = stacks
         self._seq = next_seq
         self._sampling = sampling
         self._written_widths = set(known_widths or ())
@@ -151,6 +159,11 @@ class Hooks:
             for module in self._entries.names:
                 handle = module.register_forward_pre_hook(
                     self._enter_pass, with_kwargs=True, prepend=True
+                )
+                self._handles.append(handle)
+            for stack in self._stacks:
+                handle = stack.blocks[0].register_forward_pre_hook(
+                    self._block_hook(stack.axis), with_kwargs=True
                 )
                 self._handles.append(handle)
             for target in self._targets:
@@ -201,12 +214,18 @@ class Hooks:
     ) -> None:
         if torch._C._current_graph_task_id() != -1:
             return
-        self._check_thread(self._entries.names[module])
-        if not self._entries.enter(module):
+        name, axis = self._entries.names[module]
+        self._check_thread(name)
+        outermost = self._entries.enter(module)
+        if not outermost and (not axis or self._has_axis(axis)):
             return
-        if self._pass is not None:
-            self._close_pass(aborted=self._entries.interrupted)
-        self._open_pass(self._entries.names[module], self._entries.arguments(module, args, kwargs))
+        arguments = self._entries.arguments(module, args, kwargs)
+        if outermost:
+            if self._pass is not None:
+                self._close_pass(aborted=self._entries.interrupted)
+            self._open_pass(name, axis, arguments)
+        else:
+            self._add_axes(read_axes(axis, arguments))
 
     def _leave_pass(self, module: nn.Module, _args: Any, _output: Any) -> None:
         if torch._C._current_graph_task_id() != -1 or threading.get_ident() != self._thread:
@@ -214,11 +233,40 @@ class Hooks:
         if self._entries.leave(module) and self._pass is not None:
             self._close_pass(aborted=self._entries.raised())
 
-    def _open_pass(self, entry: str, arguments: Mapping[str, Any]) -> None:
+    def _block_hook(self, axis: str) -> Any:
+        """Give what says how many rows a stack has, where its model was fed no tokens."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inside = self._pass is not None and torch._C._current_graph_task_id() == -1
+            if inside and threading.get_ident() == self._thread and not self._has_axis(axis):
+                given = {str(place): one for place, one in enumerate(args)} | kwargs
+                rows = read_rows(axis, given)
+                self._add_axes((rows,) if rows else ())
+
+        return hook
+
+    def _has_axis(self, name: str) -> bool:
+        return self._pass is not None and any(axis.name == name for axis in self._pass.axes)
+
+    def _add_axes(self, axes: tuple[Axis, ...]) -> None:
+        if axes and self._pass is not None:
+            found = (*self._pass.axes, *axes)
+            main = sorted(found, key=lambda axis: axis.name in _MAIN_AXES)  # they come last
+            self._pass = replace(self._pass, axes=tuple(main))
+            self._stage.update_pass(self._pass, self._new_texts(self._pass))
+
+    def _open_pass(self, entry: str, axis: str, arguments: Mapping[str, Any]) -> None:
         annotations, self._annotations = self._annotations, {}
         self._thread = threading.get_ident()
         try:
-            info = read_inputs(self.last_pass + 1, entry, arguments, annotations)
+            info = read_inputs(
+                self.last_pass + 1,
+                entry,
+                axis,
+                arguments,
+                annotations,
+                deferred=bool(self._stacks),
+            )
         except BaseException:
             self._entries.forget()
             raise
@@ -263,7 +311,8 @@ class Hooks:
             self.skipped[f"{layer.info.name}: {kind}"] += 1
             return
         if self._pass is None:
-            self._open_pass(layer.info.name, {f"*{i}": value for i, value in enumerate(args)})
+            given = {f"*{i}": value for i, value in enumerate(args)}
+            self._open_pass(layer.info.name, "token", given)
         else:
             self._check_thread(layer.info.name)
         self._put(layer, tensor.detach(), code, self._alias(tensor))

@@ -7,6 +7,7 @@ hook, which is called even if the forward raises, says how it ended.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,82 +22,146 @@ from torch import Tensor, nn
 from actstore.errors import ConfigError
 from actstore.packet import Axis, PassInfo
 
-__all__ = ["Entries", "read_inputs"]
+__all__ = ["Entries", "read_axes", "read_inputs", "read_rows"]
 
-_IDS: Final = ("input_ids", "decoder_input_ids", "tokens", "token_ids", "idx")
-_EMBEDS: Final = ("inputs_embeds", "decoder_inputs_embeds")
-_CACHES: Final = ("past_key_values", "cache", "past_key_value")
+_IDS: Final = ("input_ids", "tokens", "token_ids", "idx", "input")
+_EMBEDS: Final = ("inputs_embeds",)
+_CACHES: Final = ("past_key_values", "cache", "past_key_value", "past_kv_cache")
+#: What the root of an encoder-decoder says of its decoder begins with this.
+_OF_DECODER: Final = "decoder_"
+#: What it says of both, and is of the decoder.
+_OF_CACHE: Final = (*_CACHES, "cache_position")
+#: Integers that are no token ids.
+_NO_IDS: Final = re.compile(r"(mask|position|label|type|index|length)")
 _TOKEN_NDIM: Final = 2
 
 
 def read_inputs(
-    index: int, entry: str, arguments: Mapping[str, Any], annotations: Mapping[str, Any]
+    index: int,
+    entry: str,
+    axis: str,
+    arguments: Mapping[str, Any],
+    annotations: Mapping[str, Any],
+    *,
+    deferred: bool = False,
 ) -> PassInfo:
-    """Take a pass's token axis from the arguments of its entry module.
+    """Take a pass's token axes from the arguments of its entry module.
 
     Parameters
     ----------
     index : int
         Of the pass.
-    entry : str
-        The entry module's name.
+    entry, axis : str
+        The entry module's name and its token axis, as `select.entry_modules` gives it.
     arguments : mapping
         Parameter name -> what it was given.
     annotations : mapping
         Label -> a value for each batch item.
+    deferred : bool
+        Without token ids or embeddings there is no axis yet: the blocks will say.
 
     Raises
     ------
     ConfigError
         An annotation has not one value for each batch item.
     """
-    axis = _axis(arguments)
-    for label, values in annotations.items():
-        batch = axis.batch if axis else 0
-        if len(values) != batch:
-            msg = (
-                f"annotate({label}=...) gave {len(values)} values; the next pass (number {index}) "
-                f"has {batch} batch items: give one for each"
-            )
-            raise ConfigError(msg)
+    axes = read_axes(axis, arguments)
+    if not axes and not deferred:
+        rows = read_rows(axis or "token", arguments)
+        axes = (rows,) if rows else ()
+    _check_labels(index, axes, arguments, annotations)
     keep = arguments.get("logits_to_keep", arguments.get("num_logits_to_keep", 0))
     return PassInfo(
         index,
-        (axis,) if axis else (),
+        axes,
         annotations,
         entry=entry,
         logits_to_keep=keep if type(keep) is int and keep > 0 else 0,
     )
 
 
-def _axis(arguments: Mapping[str, Any]) -> Axis | None:
+def _check_labels(
+    index: int,
+    axes: tuple[Axis, ...],
+    arguments: Mapping[str, Any],
+    annotations: Mapping[str, Any],
+) -> None:
+    source = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+    leading = source.shape[0] if source is not None and source.ndim else 0
+    batch = axes[-1].batch if axes else leading
+    for label, values in annotations.items():
+        if len(values) != batch:
+            msg = (
+                f"annotate({label}=...) gave {len(values)} values; the next pass (number {index}) "
+                f"has {batch} batch items: give one for each"
+            )
+            raise ConfigError(msg)
+
+
+def read_axes(name: str, arguments: Mapping[str, Any]) -> tuple[Axis, ...]:
+    """Give the axes of the token ids or embeddings among the arguments of an entry module.
+
+    Parameters
+    ----------
+    name : str
+        The module's token axis; ``""`` for one that is fed both an encoder's and a decoder's.
+    arguments : mapping
+        Parameter name -> what it was given.
+    """
+    if name:
+        axis = _fed_axis(name, arguments)
+        return (axis,) if axis else ()
+    start = len(_OF_DECODER)
+    of_decoder = {
+        key[start:]: value for key, value in arguments.items() if key.startswith(_OF_DECODER)
+    }
+    of_decoder |= {key: arguments[key] for key in _OF_CACHE if key in arguments}
+    encoder = _fed_axis("encoder_token", arguments, guess=False)
+    decoder = _fed_axis("decoder_token", of_decoder, guess=False)
+    return tuple(axis for axis in (encoder, decoder) if axis)
+
+
+def _fed_axis(name: str, arguments: Mapping[str, Any], *, guess: bool = True) -> Axis | None:
+    """Give the axis of token ids [B, S] or [S], or of embeddings [B, S, d] or [S, d].
+
+    With ``guess``, integers that come first are ids, if they are not named as something else:
+    a model of the user's own may call them anything.
+    """
     ids = _first(arguments, _IDS)
-    source = ids if ids is not None else _first(arguments, _EMBEDS)
-    if source is None:
-        source = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
-        integers = source is not None and not (source.is_floating_point() or source.is_complex())
-        if source is not None and integers and source.dtype is not torch.bool:
-            ids = source if source.ndim <= _TOKEN_NDIM else None
-    if source is None or source.ndim < (1 if ids is not None else _TOKEN_NDIM):
-        return None  # no leading dimension but the features'
-    flat = source.ndim == 1 or (ids is None and source.ndim == _TOKEN_NDIM)
-    if source.ndim == 1:
-        batch, sequence = 1, source.shape[0]
-    elif flat:
-        batch, sequence = source.shape[0], 1
+    ids = ids if ids is not None and _is_ids(ids) else None
+    embeds = _first(arguments, _EMBEDS)
+    if ids is None and embeds is None and guess:
+        given = {key: one for key, one in arguments.items() if not _NO_IDS.search(key)}
+        first = next((one for one in given.values() if isinstance(one, Tensor)), None)
+        ids = first if first is not None and _is_ids(first) else None
+    if ids is not None:
+        shape = (ids.shape[0], ids.shape[1]) if ids.ndim == _TOKEN_NDIM else (1, ids.shape[0])
+        fed, flat = _integers(ids).reshape(shape), ids.ndim == 1
+    elif embeds is not None and embeds.ndim >= _TOKEN_NDIM:
+        flat = embeds.ndim == _TOKEN_NDIM
+        shape = (embeds.shape[0], 1 if flat else embeds.shape[1])
+        fed = np.full(shape, -1, np.int64)
     else:
-        batch, sequence = source.shape[0], source.shape[1]
-    shape = (batch, sequence)
-    fed = np.full(shape, -1, np.int64) if ids is None else _integers(ids).reshape(shape)
-    return Axis(
-        "token",
-        batch,
-        sequence,
-        fed,
-        _positions(arguments, shape),
-        _mask(arguments, shape),
-        flat,
-    )
+        return None
+    positions, mask = _positions(arguments, shape), _mask(arguments, shape)
+    return Axis(name, *shape, fed, positions, mask, flat)
+
+
+def _is_ids(value: Tensor) -> bool:
+    plain = not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool)
+    return plain and 1 <= value.ndim <= _TOKEN_NDIM
+
+
+def read_rows(name: str, arguments: Mapping[str, Any]) -> Axis | None:
+    """Give the axis of the leading dimensions of the first tensor, whose tokens are not known."""
+    source = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+    if source is None or source.ndim < _TOKEN_NDIM:
+        return None  # no leading dimension but the features'
+    flat = source.ndim == _TOKEN_NDIM
+    shape = (source.shape[0], 1 if flat else source.shape[1])
+    positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
+    ids, mask = np.full(shape, -1, np.int64), np.ones(shape, np.bool_)
+    return Axis(name, *shape, ids, positions, mask, flat)
 
 
 def _positions(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.int64]:
@@ -144,8 +209,8 @@ class Entries:
 
     Parameters
     ----------
-    names : mapping of torch.nn.Module to str
-        The entry modules.
+    names : mapping of torch.nn.Module to (str, str)
+        The entry modules: of each the name, and the token axis of what it is fed.
 
     Attributes
     ----------
@@ -153,7 +218,7 @@ class Entries:
         The call before this one never came to its end.
     """
 
-    names: Mapping[nn.Module, str]
+    names: Mapping[nn.Module, tuple[str, str]]
     interrupted: bool = False
     _stack: list[nn.Module] = field(default_factory=list)
     _outermost: FrameType | None = None

@@ -19,7 +19,7 @@ from torch import nn
 from actstore.config import HookConfig, HookGranularity
 from actstore.errors import ConfigError
 
-__all__ = ["Target", "canonical_name", "entry_modules", "select"]
+__all__ = ["Stack", "Target", "entry_modules", "find_stacks", "select", "unwrap"]
 
 _ATTENTION_CLASS: Final = re.compile(r"(attention|attn)", re.IGNORECASE)
 _ATTENTION_NAME: Final = re.compile(r"(^|_)(attn|attention|self_attn|mha)$", re.IGNORECASE)
@@ -29,6 +29,10 @@ _MLP_CLASS: Final = re.compile(
 )
 _MLP_NAME: Final = re.compile(r"(^|_)(mlp|ffn?|feed_?forward|moe)$", re.IGNORECASE)
 _NORM_CLASS: Final = re.compile(r"norm", re.IGNORECASE)
+_SIDES: Final = re.compile(r"(encoder|decoder)", re.IGNORECASE)
+_TOWER: Final = re.compile(r"(vision|visual|image|audio|speech)", re.IGNORECASE)
+#: What wrappers call the module that they hold.
+_WRAPPED: Final = ("_orig_mod", "module")
 #: Parts of such a module, or things beside it, whose class names also say attention or MLP.
 _NO_PART: Final = re.compile(r"(norm|dropout|rotary|embedding|mask|bias)", re.IGNORECASE)
 
@@ -56,6 +60,32 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """A stack of blocks.
+
+    Attributes
+    ----------
+    path : str
+        The name of the list that holds them.
+    prefix : str
+        What its sites begin with: nothing for a model's main stack, ``"encoder_"``,
+        ``"decoder_"``, ``"vision_"``, or its path and a dot.
+    blocks : tuple of torch.nn.Module
+        In order.
+    """
+
+    path: str
+    prefix: str
+    blocks: tuple[nn.Module, ...]
+
+    @property
+    def axis(self) -> str:
+        """The name of its token axis."""
+        word = re.sub(r"\W+", "_", self.prefix.rstrip("._"))
+        return f"{word}_token" if word else "token"
+
+
+@dataclass(frozen=True, slots=True)
 class _Block:
     """A block of a stack: where it stands, and which of its modules are attention and MLP."""
 
@@ -66,23 +96,65 @@ class _Block:
     parts: Mapping[nn.Module, str]
 
 
-def canonical_name(name: str) -> str:
-    """Give a module's name without the prefixes that wrappers add to it."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
-    return ".".join(parts)
+def unwrap(model: nn.Module) -> nn.Module:
+    """Give the model that a wrapper holds: data parallel, compiled, PEFT's.
+
+    What the wrapper returns is what that model returned; names are that model's own.
+    """
+    while True:
+        inner = _wrapped(model)
+        if inner is None:
+            return model
+        model = inner
 
 
-def entry_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """Give the modules whose outermost call is a pass: the root, its base model, its stacks."""
-    names = {module: canonical_name(name) for name, module in model.named_modules()}
-    found: list[Any] = [model, getattr(model, "base_model", None)]
-    for getter in ("get_encoder", "get_decoder"):
-        ask = getattr(model, getter, None)
-        if callable(ask):
-            found.append(_ask(ask))
-    modules = (one for one in found if isinstance(one, nn.Module))
-    entries = {module: names[module] for module in modules if module in names}
-    return {module: name for module, name in entries.items() if _runs(module)}
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    if callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
+        inner = model.get_base_model()  # type: ignore[operator]
+        return inner if isinstance(inner, nn.Module) and inner is not model else None
+    children = dict(model.named_children())
+    name = next(iter(children), None)
+    wraps = len(children) == 1 and name in _WRAPPED and not list(model.parameters(recurse=False))
+    kind = type(model).__module__
+    ours = kind.startswith(("torch.nn.parallel", "torch._dynamo", "torch.distributed"))
+    return children[str(name)] if wraps and ours else None
+
+
+def _named(model: nn.Module) -> dict[str, nn.Module]:
+    """Give every module by its name, without what compiling a part of the model adds to it."""
+    found: dict[str, nn.Module] = {}
+    for raw_name, module in model.named_modules():
+        name = ".".join(part for part in raw_name.split(".") if part != "_orig_mod")
+        found[name] = module  # of a compiled module and its original, which is the child, the last
+    return found
+
+
+def entry_modules(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
+    """Give the modules whose outermost call is a pass: the root, its base model, what has stacks.
+
+    Returns
+    -------
+    dict
+        Module -> its name, and the token axis of what it is fed; ``""`` for a model that has
+        both an encoder and a decoder.
+    """
+    modules = _named(model)
+    names = {module: name for name, module in modules.items()}
+    stacks = find_stacks(model)
+    both = {"encoder_token", "decoder_token"} <= {stack.axis for stack in stacks}
+    own = "" if both else "token"
+    axes: dict[Any, str] = {model: own, getattr(model, "base_model", None): own}
+    for stack in stacks:
+        axes.setdefault(modules[_parent(stack.path)], stack.axis)
+    for side in ("encoder", "decoder"):
+        axes.setdefault(
+            _ask(getattr(model, f"get_{side}", None)), f"{side}_token" if both else own
+        )
+    return {
+        module: (names[module], axis)
+        for module, axis in axes.items()
+        if isinstance(module, nn.Module) and module in names and _runs(module)
+    }
 
 
 def select(model: nn.Module, granularity: HookGranularity, hooks: HookConfig) -> list[Target]:
@@ -97,8 +169,7 @@ def select(model: nn.Module, granularity: HookGranularity, hooks: HookConfig) ->
     sites = _outer_sites(model, blocks)
     parts = {module: block for block in blocks for module in block.parts}
     targets = []
-    for raw_name, module in model.named_modules():
-        name = canonical_name(raw_name)
+    for name, module in _named(model).items():
         if not _runs(module) or not _wanted(module, parts, granularity):
             continue
         site, block = _site(name, module, blocks, sites)
@@ -113,43 +184,78 @@ def select(model: nn.Module, granularity: HookGranularity, hooks: HookConfig) ->
 
 def _blocks(model: nn.Module) -> list[_Block]:
     """Find the blocks of every stack; a model without one is a block of its own, index -1."""
-    stacks = dict(_stacks(model))
     blocks = []
-    for path, stack in stacks.items():
-        prefix = _stack_prefix(path) if len(stacks) > 1 else ""
-        for index, (key, module) in enumerate(stack.named_children()):
-            parts = _parts(module)
-            if parts:
-                place = f"{path}.{key}" if path else key
-                blocks.append(_Block(place, path, index, prefix, parts))
+    for stack in find_stacks(model):
+        names = {module: key for key, module in _named(model.get_submodule(stack.path)).items()}
+        for index, module in enumerate(stack.blocks):
+            place = f"{stack.path}.{names[module]}".lstrip(".")
+            blocks.append(_Block(place, stack.path, index, stack.prefix, _parts(module)))
     if not blocks:
         parts = _parts(model)
         return [_Block("", "", -1, "", parts)] if parts else []
     return blocks
 
 
-def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """Find the stacks of blocks: the outermost lists of composite modules.
+
+    Where any of them has attention or an MLP, only those count that do (of a hybrid model every
+    block of such a stack); else all of them do, as in a state-space model.
+    """
+    lists = dict(_lists(model))
+    with_parts = {path: one for path, one in lists.items() if any(map(_parts, one))}
+    stacks = with_parts or lists
+    return [Stack(path, prefix, stacks[path]) for path, prefix in _prefixes(model, stacks).items()]
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
     """Yield the outermost lists of composite modules."""
     found: list[str] = []
-    for raw_name, module in model.named_modules():
-        name = canonical_name(raw_name)
+    for name, module in _named(model).items():
         if any(name.startswith(f"{path}." if path else "") for path in found):
             continue
-        children = list(module.children())
+        children = tuple(_uncompiled(child) for child in module.children())
         if not children or any(not list(child.children()) for child in children):
             continue
         alike = len({type(child) for child in children}) == 1
         repeated = isinstance(module, nn.Sequential) and len(children) > 1 and alike
         if isinstance(module, nn.ModuleList) or repeated:
             found.append(name)
-            yield name, module
+            yield name, children
 
 
-def _stack_prefix(path: str) -> str:
-    for word in ("encoder", "decoder"):
-        if word in path.lower().split("."):
-            return f"{word}_"
-    return f"{path}."
+def _uncompiled(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def _prefixes(model: nn.Module, stacks: Mapping[str, Any]) -> dict[str, str]:
+    """Give each stack what its sites begin with; the main one of a model, nothing."""
+    if len(stacks) < 2:
+        return dict.fromkeys(stacks, "")
+    sides = {path: _SIDES.findall(path.lower()) for path in stacks}
+    if {side for words in sides.values() for side in words[:1]} == {"encoder", "decoder"}:
+        wanted = {path: f"{words[0]}_" if words else "" for path, words in sides.items()}
+    else:
+        embed = _ask(getattr(model, "get_input_embeddings", None))
+        main = max(stacks, key=lambda path: _nearness(model, path, embed, stacks[path]))
+        towers = {path: _TOWER.search(path) for path in stacks}
+        wanted = {path: f"{one[0].lower()}_" if one else "" for path, one in towers.items()}
+        wanted[main] = ""
+        wanted |= {path: f"{path}." for path in stacks if path != main and not wanted[path]}
+    twice = [prefix for prefix in wanted.values() if list(wanted.values()).count(prefix) > 1]
+    return {path: f"{path}." if prefix in twice else prefix for path, prefix in wanted.items()}
+
+
+def _nearness(
+    model: nn.Module, path: str, embed: Any, blocks: tuple[nn.Module, ...]
+) -> tuple[bool, int]:
+    """Tell how likely a stack is the main one: beside the embedding of its inputs, or largest."""
+    beside = model.get_submodule(_parent(path))
+    holds = any(module is embed for module in beside.modules())
+    return holds and beside is not model, sum(
+        parameter.numel() for block in blocks for parameter in block.parameters()
+    )
 
 
 def _parts(block: nn.Module) -> dict[nn.Module, str]:
@@ -234,8 +340,7 @@ def _outer_sites(model: nn.Module, blocks: list[_Block]) -> dict[nn.Module, str]
             if norm is not None:
                 sites[norm] = f"{block.prefix}final_norm"
     for getter, site in (("get_input_embeddings", "embed"), ("get_output_embeddings", "logits")):
-        ask = getattr(model, getter, None)
-        module = _ask(ask) if callable(ask) else None
+        module = _ask(getattr(model, getter, None))
         if isinstance(module, nn.Module):
             sites[module] = site
     sites[model] = "output"
@@ -335,8 +440,10 @@ def _runs(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def _ask(getter: Callable[[], Any]) -> Any:
+def _ask(getter: Callable[[], Any] | None) -> Any:
     """Call a Hugging Face getter; models that have it but no answer raise one of these."""
+    if not callable(getter):
+        return None
     try:
         return getter()
     except (NotImplementedError, AttributeError, TypeError):

@@ -28,7 +28,7 @@ from actstore.capture.describe import check_same_run, describe
 from actstore.capture.hooks import Hooks, Sampling
 from actstore.capture.passes import Entries
 from actstore.capture.pipeline import Pipeline
-from actstore.capture.select import Target, entry_modules, select
+from actstore.capture.select import Stack, Target, entry_modules, find_stacks, select
 from actstore.capture.stage import Stage
 from actstore.capture.tokens import Checkpoints, _TokenBoundaryTracker
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
@@ -173,6 +173,7 @@ class Capture:
                 self._stage,
                 targets,
                 Entries(_entries(self._models)),
+                _stacks(self._models),
                 next_seq=run.point.next_seq,
                 next_pass=run.point.next_pass,
                 known=run.layers,
@@ -475,13 +476,17 @@ def _targets(models: Sequence[Instrumented], granularity: HookGranularity) -> li
     return targets
 
 
-def _entries(models: Sequence[Instrumented]) -> dict[nn.Module, str]:
+def _entries(models: Sequence[Instrumented]) -> dict[nn.Module, tuple[str, str]]:
     several = len(models) > 1
     return {
-        module: f"{one.name}.{name}".rstrip(".") if several else name
+        module: (f"{one.name}.{name}".rstrip(".") if several else name, axis)
         for one in models
-        for module, name in entry_modules(one.model).items()
+        for module, (name, axis) in entry_modules(one.model).items()
     }
+
+
+def _stacks(models: Sequence[Instrumented]) -> list[Stack]:
+    return [stack for one in models for stack in find_stacks(one.model)]
 
 
 def _some(names: Sequence[str]) -> str:

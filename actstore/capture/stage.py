@@ -250,6 +250,13 @@ class Stage:
             self._next_pass, self._boundary = info.index + 1, False
             self._used_at = self._clock()
 
+    def update_pass(self, info: PassInfo, texts: dict[int, str] | None = None) -> None:
+        """Stage a pass's inputs again, with axes that became known while it runs."""
+        with self._changed:
+            group = self._room(0)
+            group.passes[info.index] = Pass(info, closed=False)
+            group.texts.update(texts or {})
+
     def end_pass(self, index: int, *, aborted: bool, flush: bool) -> None:
         """Say how a pass ended; with ``flush``, seal the group if it is due."""
         with self._changed:
