@@ -11,14 +11,19 @@ from typing import Any
 
 from actstore.errors import ConfigError
 
-__all__ = ["HookConfig", "HookGranularity", "InstrumentationConfig", "TargetLayers"]
+__all__ = ["HookConfig", "HookGranularity", "InstrumentationConfig", "Rows", "TargetLayers"]
 
 #: Exact names and globs, or a predicate of a module's name (or of its name and the module).
 TargetLayers = Sequence[str] | Callable[..., bool]
 
+#: Which rows of a pass are kept; a callable is given its `actstore.packet.Axis`.
+Rows = str | slice | Callable[[Any], Any]
+
 _GIGABYTE = 10**9
 _CODECS = ("lz4", "zstd", "none")
 _LEAST_BUDGET = 1 << 20
+_OUTPUTS = ("first", "all")
+_ROWS = ("last", "generated")
 
 
 class HookGranularity(Enum):
@@ -105,6 +110,22 @@ class HookConfig:
         or of the name and the module. None is all.
     sampling_seed : int
         Not negative. The seed of the features that ``SAMPLED_SLICES`` draws, recorded in the log.
+    inputs : bool
+        Keep also the first tensor that each module is given, as the layer ``name@in``.
+    outputs : {"first", "all"}
+        Of a module that returns several tensors keep the first only, or all of them, depth first:
+        those behind the first as the layers ``name#1``, ``name#2``, …
+    rows : {"last", "generated"}, slice or callable, optional
+        Of outputs over a token axis keep only some rows; None is all. ``"last"``: of each batch
+        item the last that is no padding; ``"generated"``: those behind the prompt, which is what
+        the first pass of a generation is fed; a slice of the sequence; or what a callable gives
+        for a pass's `actstore.packet.Axis`: bool [batch, sequence]. Items keep the same number of
+        rows: where fewer are asked for, others fill up, marked as padding.
+    attention_weights : bool
+        Keep what attention modules return beside their output: the layer ``name#1``, float
+        [batch, heads, queries, keys].
+    stop_after_last_layer : bool
+        End each forward when every hooked layer has fired; the model then returns None.
 
     Raises
     ------
@@ -116,6 +137,11 @@ class HookConfig:
     sampling_rate: float = 0.1
     target_layers: TargetLayers | None = None
     sampling_seed: int = 0
+    inputs: bool = False
+    outputs: str = "first"
+    rows: Rows | None = None
+    attention_weights: bool = False
+    stop_after_last_layer: bool = False
 
     def __post_init__(self) -> None:
         if self.granularity is not None:
@@ -129,6 +155,14 @@ class HookConfig:
             msg = f"sampling_seed must be a non-negative int; got {seed!r}"
             raise ConfigError(msg)
         _check_targets(self.target_layers)
+        for name in ("inputs", "attention_weights", "stop_after_last_layer"):
+            if not isinstance(getattr(self, name), bool):
+                msg = f"{name} must be True or False; got {getattr(self, name)!r}"
+                raise ConfigError(msg)
+        if not isinstance(self.outputs, str) or self.outputs not in _OUTPUTS:
+            msg = f"outputs must be one of 'first', 'all'; got {self.outputs!r}"
+            raise ConfigError(msg)
+        _check_rows(self.rows)
 
 
 def _check_granularity(name: str, value: Any) -> None:
@@ -142,6 +176,13 @@ def _check_positive(name: str, value: Any, wanted: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value <= sys.float_info.max:  # NaN compares as neither
         msg = f"{name} must be a positive, finite number ({wanted}); got {value!r}"
+        raise ConfigError(msg)
+
+
+def _check_rows(rows: Any) -> None:
+    named = isinstance(rows, str) and rows in _ROWS
+    if rows is not None and not (named or isinstance(rows, slice) or callable(rows)):
+        msg = f"rows must be None, 'last', 'generated', a slice or a callable; got {rows!r}"
         raise ConfigError(msg)
 
 

@@ -71,7 +71,9 @@ class InstrumentationFramework:
         Parameters
         ----------
         model : torch.nn.Module
-            The model. Registering it again replaces what was said of it.
+            The model, or a wrapper of it (data parallel, compiled, PEFT's), whose layers then
+            have the names that they have in the model. Registering it again replaces what was
+            said of it.
         hooks : HookConfig, optional
             The fine control of what is hooked.
         tokenizer : object, optional
@@ -89,7 +91,7 @@ class InstrumentationFramework:
         """
         from torch import nn
 
-        from actstore.capture.select import select
+        from actstore.capture.select import select, unwrap
         from actstore.capture.session import Instrumented
 
         if not isinstance(model, nn.Module):
@@ -111,8 +113,11 @@ class InstrumentationFramework:
         if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
             msg = f"instrument_model wants a tokenizer with decode([id]); got {tokenizer!r}"
             raise ConfigError(msg)
-        select(model, self.config.granularity, hooks)  # raises where there is nothing to hook
-        self._models[id(model)] = Instrumented(model, hooks, tokenizer, self._named(model, name))
+        inner = unwrap(model)
+        select(inner, self.config.granularity, hooks)  # raises where there is nothing to hook
+        self._models[id(inner)] = Instrumented(
+            inner, hooks, tokenizer, self._named(inner, name), model
+        )
 
     def _named(self, model: torch.nn.Module, name: str | None) -> str:
         """Give a model's name among the instrumented ones: as given, else a free one."""

@@ -86,7 +86,8 @@ class Axis:
     Attributes
     ----------
     name : str
-        ``"token"``, or ``"encoder_token"`` and ``"decoder_token"``.
+        ``"token"``; ``"encoder_token"`` and ``"decoder_token"``; of a further stack its own, such
+        as ``"vision_token"``.
     batch, sequence : int
         Rows are numbered batch item first, then place in the sequence.
     token_ids, positions : numpy.ndarray

@@ -140,7 +140,8 @@ def read(path: str | Path) -> Fields:
         log["tokens"].append(token | {"text": head.text(token["text"])})
     for head, body in having(records, PASS):
         p = read_pass(head, body)
-        passes.setdefault(p["index"], p).update({k: p[k] for k in ("closed", "aborted")})
+        whole = passes.setdefault(p["index"], p) if p["flags"] & 4 else p
+        passes[p["index"]] = whole | {k: p[k] for k in ("closed", "aborted")}
     for head, body in having(records, BLOCK):
         for packet in read_block(head, body, log["header"]["codecs"]):
             packets.setdefault(packet["seq"], []).append(packet)

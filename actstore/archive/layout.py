@@ -39,10 +39,12 @@ __all__ = ["Plan", "Ragged", "Source", "Variable", "plan"]
 
 #: Sites that live in the residual space, and share the dimension ``feature``.
 RESIDUAL: Final = frozenset(
-    stack + site
+    stack + site + end
     for stack in ("", "encoder_", "decoder_")
     for site in CANONICAL
     if site != "logits"
+    for end in ("", "@in")
+    if (site, end) != ("embed", "@in")
 )
 _RAGGED_ENDS: Final = (
     *("_values", "_element", "_packet", "_axis"),

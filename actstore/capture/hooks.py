@@ -7,28 +7,32 @@ a pass is ``passes.py``'s, when groups are due ``stage.py``'s.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from actstore import dtypes
-from actstore.capture.passes import Entries, read_axes, read_inputs, read_rows
+from actstore.capture.passes import Entries, RowChoice, read_axes, read_inputs, read_rows
 from actstore.capture.select import Stack, Target
 from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
 from actstore.packet import Axis, LayerInfo, PassInfo
 from actstore.stream.records import Features
 
-__all__ = ["Hooks", "Sampling", "first_tensor"]
+__all__ = ["Choice", "Hooks", "Sampling", "first_tensor"]
 
 _CODES: dict[torch.dtype, int] = {
     getattr(torch, name): entry.code
@@ -41,16 +45,22 @@ _CODES: dict[torch.dtype, int] = {
 _MAIN_AXES = ("token", "decoder_token")
 
 
-def first_tensor(output: Any) -> Tensor | None:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an output, depth first."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return
+    for item in value:
+        yield from tensors_of(item)
+
+
+def first_tensor(value: Any) -> Tensor | None:
     """Give the first tensor of an output, depth first; None where there is none."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = output.values()
-    elif not isinstance(output, tuple | list):
-        return None
-    found = (first_tensor(item) for item in output)
-    return next((tensor for tensor in found if tensor is not None), None)
+    return next(tensors_of(value), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +85,35 @@ class _Layer:
     info: LayerInfo
     described: bool
     fired: int = 0
+    kept: int = 0
     pass_index: int = -1
     calls: int = 0
+
+
+class _Stop(BaseException):
+    """Ends a forward when every layer has fired; never leaves the model's call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What of the targets' firings is kept.
+
+    Attributes
+    ----------
+    sampling : Sampling or None
+        Only these features.
+    rows : RowChoice or None
+        Only these rows.
+    all_outputs : bool
+        Every tensor of an output, not the first alone.
+    stop : bool
+        End a forward when every layer has fired.
+    """
+
+    sampling: Sampling | None = None
+    rows: RowChoice | None = None
+    all_outputs: bool = False
+    stop: bool = False
 
 
 class Hooks:
@@ -96,8 +133,8 @@ class Hooks:
         Where the run stands.
     known : mapping of str to LayerInfo
         Layers that the log describes already.
-    sampling : Sampling, optional
-        Keep only these features.
+    choice : Choice
+        What is kept of what fires.
     known_widths : set of int
         Widths whose features the log holds already.
     tokenizer : object, optional
@@ -125,7 +162,7 @@ class Hooks:
         next_seq: int = 0,
         next_pass: int = 0,
         known: Mapping[str, LayerInfo] | None = None,
-        sampling: Sampling | None = None,
+        choice: Choice = Choice(),
         known_widths: set[int] | None = None,
         tokenizer: Any = None,
         flush_at_pass_end: bool = True,
@@ -138,7 +175,8 @@ class Hooks:
         self._entries = entries
         self._stacks = stacks
         self._seq = next_seq
-        self._sampling = sampling
+        self._choice = choice
+        self._sampling = choice.sampling
         self._written_widths = set(known_widths or ())
         self._kept: dict[int, Tensor] = {}
         self._tokenizer = tokenizer
@@ -148,8 +186,14 @@ class Hooks:
         self._pass: PassInfo | None = None
         self._thread = 0
         self._seen: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], int]] = {}
-        self._layers = _number(targets, known or {})
+        self._known = known or {}
+        self._layers: dict[str, _Layer] = {}
+        for target in targets:
+            self._layer(target.name, target)
         self._targets = targets
+        self._names = [target.name for target in targets]
+        self._waiting: set[str] = set()
+        self._chosen: dict[str, tuple[Axis, Axis, NDArray[np.int64]]] = {}
         self._handles: list[Any] = []
 
     # -- attaching ------------------------------------------------------------------------------
@@ -167,12 +211,13 @@ class Hooks:
                 )
                 self._handles.append(handle)
             for target in self._targets:
-                hook = self._layer_hook(self._layers[target.name])
-                self._handles.append(target.module.register_forward_hook(hook))
+                self._handles.append(self._attach(target))
             for module in self._entries.names:
                 self._handles.append(
                     module.register_forward_hook(self._leave_pass, always_call=True)
                 )
+                if self._choice.stop:
+                    self._handles.append(_Stoppable(module, self._stopped))
         except BaseException:
             self._remove()
             raise
@@ -187,6 +232,54 @@ class Hooks:
         self._remove()
         if self._pass is not None:
             self._close_pass(aborted=self._entries.inside)
+
+    def _attach(self, target: Target) -> Any:
+        layer, module = self._layers[target.name], target.module
+        if target.tap == "in":
+
+            def given(_module: nn.Module, args: Any, kwargs: Any) -> None:
+                self._fired(layer, args, first_tensor((args, kwargs)))
+
+            return module.register_forward_pre_hook(given, with_kwargs=True)
+        if target.tap == "weights":
+
+            def weighed(_module: nn.Module, args: Any, output: Any) -> None:
+                self._fired(layer, args, _weights(output))
+
+            return module.register_forward_hook(weighed)
+        every = self._choice.all_outputs
+        own = {one.name for one in self._targets}
+
+        def fired(_module: nn.Module, args: Any, output: Any) -> None:
+            self._fired(
+                layer, args, output if isinstance(output, Tensor) else first_tensor(output)
+            )
+            if every and not isinstance(output, Tensor):
+                for place, tensor in enumerate(tensors_of(output)):
+                    name = f"{target.name}#{place}"
+                    if place and name not in own:
+                        self._fired(self._layer(name, target, place), args, tensor)
+
+        return module.register_forward_hook(fired)
+
+    def _layer(self, name: str, target: Target, place: int = 0) -> _Layer:
+        """Give a layer's state; of a new one with its id: the log's, else the next free one."""
+        layer = self._layers.get(name)
+        if layer is None:
+            info = self._known.get(name)
+            described = info is not None
+            if info is None:
+                ids = [one.id for one in self._known.values()]
+                ids += [one.info.id for one in self._layers.values()]
+                site = f"{target.site}#{place}" if place else target.site
+                kind = type(target.module).__name__
+                info = LayerInfo(max(ids, default=-1) + 1, name, site, target.block, kind)
+            layer = self._layers[name] = _Layer(info, described)
+        return layer
+
+    def _stopped(self, module: nn.Module) -> bool:
+        """Whether a forward that was stopped ends at this entry module: it is the outermost."""
+        return self._entries.outermost is module
 
     def _remove(self) -> None:
         while self._handles:
@@ -205,7 +298,7 @@ class Hooks:
     @property
     def packets(self) -> int:
         """Packets of this capture so far."""
-        return sum(layer.fired for layer in self._layers.values())
+        return sum(layer.kept for layer in self._layers.values())
 
     # -- passes ---------------------------------------------------------------------------------
 
@@ -250,10 +343,19 @@ class Hooks:
 
     def _add_axes(self, axes: tuple[Axis, ...]) -> None:
         if axes and self._pass is not None:
-            found = (*self._pass.axes, *axes)
+            found = (*self._pass.axes, *self._choose(axes))
             main = sorted(found, key=lambda axis: axis.name in _MAIN_AXES)  # they come last
             self._pass = replace(self._pass, axes=tuple(main))
             self._stage.update_pass(self._pass, self._new_texts(self._pass))
+
+    def _choose(self, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        """Give the axes of the rows that are kept."""
+        rows = self._choice.rows
+        if rows is None:
+            return axes
+        for axis in axes:
+            self._chosen[axis.name] = (axis, *rows.choose(axis))
+        return tuple(self._chosen[axis.name][1] for axis in axes)
 
     def _open_pass(self, entry: str, axis: str, arguments: Mapping[str, Any]) -> None:
         annotations, self._annotations = self._annotations, {}
@@ -270,6 +372,9 @@ class Hooks:
         except BaseException:
             self._entries.forget()
             raise
+        self._chosen = {}
+        info = replace(info, axes=self._choose(info.axes))
+        self._waiting = set(self._names) if self._choice.stop else set()
         self._stage.begin_pass(info, self._new_texts(info))
         self.last_pass = info.index
         self._pass = info
@@ -292,30 +397,72 @@ class Hooks:
 
     # -- layers ---------------------------------------------------------------------------------
 
-    def _layer_hook(self, layer: _Layer) -> Any:
-        def hook(_module: nn.Module, args: Any, output: Any) -> None:
-            self._fired(layer, args, output)
-
-        return hook
-
-    def _fired(self, layer: _Layer, args: Any, output: Any) -> None:
+    def _fired(self, layer: _Layer, args: Any, tensor: Tensor | None) -> None:
         if torch._C._current_graph_task_id() != -1:
             self.recomputed += 1  # checkpointing runs the forward again in backward
             return
-        tensor = output if isinstance(output, Tensor) else first_tensor(output)
         if tensor is None:
             return
         code = _CODES.get(tensor.dtype)
-        if code is None or tensor.layout is not torch.strided or tensor.is_meta:
-            kind = f"{tensor.dtype} in layout {tensor.layout} on {tensor.device.type}"
-            self.skipped[f"{layer.info.name}: {kind}"] += 1
+        if code is None or not _plain(tensor):
+            self._skip(layer, _kind(tensor))
             return
         if self._pass is None:
             given = {f"*{i}": value for i, value in enumerate(args)}
             self._open_pass(layer.info.name, "token", given)
         else:
             self._check_thread(layer.info.name)
-        self._put(layer, tensor.detach(), code, self._alias(tensor))
+        layer.fired += 1
+        kept: Tensor | None = tensor.detach()
+        if self._chosen:
+            kept = self._rows_of(layer, tensor.detach())
+        if kept is not None:
+            self._put(layer, kept, code, self._alias(tensor))
+        if self._waiting:
+            self._waiting.discard(layer.info.name)
+            if not self._waiting:
+                raise _Stop
+
+    def _skip(self, layer: _Layer, why: str) -> None:
+        layer.fired += 1
+        self.skipped[f"{layer.info.name}: {why}"] += 1
+
+    def _rows_of(self, layer: _Layer, tensor: Tensor) -> Tensor | None:
+        """Take the rows that are kept of a tensor over a token axis; None where none are."""
+        fits = {
+            name: fit
+            for name, (axis, _, _) in self._chosen.items()
+            if (fit := self._fit(axis, tensor.shape, layer.info.site)) is not None
+        }
+        side = f"{layer.info.site.partition('_')[0]}_token"
+        name = side if side in fits else next(iter(fits), None)
+        if name is None:
+            return tensor
+        axis, _, places = self._chosen[name]
+        if not places.size:
+            return None
+        last = fits[name]
+        wanted = torch.from_numpy(places - (axis.sequence - last)).to(tensor.device)
+        if int(places.min()) < axis.sequence - last:
+            self._skip(
+                layer, f"of {axis.sequence} rows it gives the last {last}, others are asked"
+            )
+            return None
+        items = torch.arange(axis.batch, device=tensor.device).unsqueeze(1)
+        if tensor.shape[:2] == (axis.batch, last):
+            return tensor[items, wanted]
+        return tensor[(items * axis.sequence + wanted).reshape(-1)]
+
+    def _fit(self, axis: Axis, shape: tuple[int, ...], site: str) -> int | None:
+        """Give how many rows of each item a shape over an axis holds, the last ones."""
+        assert self._pass is not None  # noqa: S101 - the caller runs inside of one
+        keep = self._pass.logits_to_keep
+        if not axis.flat and shape[:2] == (axis.batch, axis.sequence):
+            return axis.sequence
+        if (axis.flat or axis.sequence > 1) and shape[:1] == (axis.rows,):
+            return axis.sequence
+        head = site in ("logits", "output") and 0 < keep < axis.sequence
+        return keep if head and shape[:2] == (axis.batch, keep) else None
 
     def _put(self, layer: _Layer, tensor: Tensor, code: int, alias_of: int | None) -> None:
         width = 0
@@ -346,7 +493,7 @@ class Hooks:
             alias_back=0 if alias_of is None else seq - alias_of,
         )
         layer.calls += 1
-        layer.fired += 1
+        layer.kept += 1
 
     def _alias(self, tensor: Tensor) -> int | None:
         """Give the seq of the packet of this pass that holds this very tensor, unchanged.
@@ -368,7 +515,7 @@ class Hooks:
 
     def _unchanged(self, tensor: Tensor, seq: int) -> bool:
         """Compare a tensor that has no version with its staged copy, byte for byte."""
-        if self._sampling is not None or tensor.device.type != "cpu":
+        if self._sampling is not None or self._chosen or tensor.device.type != "cpu":
             return False
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
         return self._stage.same_bytes(seq, plain.data_ptr(), plain.nbytes)
@@ -394,16 +541,51 @@ class Hooks:
             raise CaptureError(msg)
 
 
-def _number(targets: list[Target], known: Mapping[str, LayerInfo]) -> dict[str, _Layer]:
-    """Give each target its id: the log's where it knows the layer, else the next free one."""
-    following = max((info.id for info in known.values()), default=-1) + 1
-    layers = {}
-    for target in targets:
-        info = known.get(target.name)
-        described = info is not None
-        if info is None:
-            kind = type(target.module).__name__
-            info = LayerInfo(following, target.name, target.site, target.block, kind)
-            following += 1
-        layers[target.name] = _Layer(info, described)
-    return layers
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor has bytes of its own that can be copied."""
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
+        return False
+    kind = type(tensor)
+    if kind is Tensor or kind is nn.Parameter:
+        return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not (is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor))
+
+
+def _kind(tensor: Tensor) -> str:
+    """Say what a tensor is that can't be kept."""
+    kind = "" if type(tensor) in (Tensor, nn.Parameter) else f" ({type(tensor).__name__})"
+    nested = "nested" if tensor.is_nested else f"layout {tensor.layout}"
+    return f"{tensor.dtype}{kind} in {nested} on {tensor.device.type}"
+
+
+def _weights(output: Any) -> Tensor | None:
+    """Give the attention weights [batch, heads, queries, keys] behind an attention's output."""
+    rest = output[1:] if isinstance(output, tuple | list) else ()
+    return next((one for one in rest if isinstance(one, Tensor) and one.ndim == 4), None)
+
+
+class _Stoppable:
+    """Lets a module's call end in None when its forward is stopped, until it is removed."""
+
+    def __init__(self, module: nn.Module, ends: Callable[[nn.Module], bool]) -> None:
+        self._module = module
+        self._own = "forward" in module.__dict__
+        forward = self._before = module.forward
+
+        @functools.wraps(forward)
+        def stoppable(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return forward(*args, **kwargs)
+            except _Stop:
+                if ends(module):
+                    return None
+                raise
+
+        module.forward = stoppable
+
+    def remove(self) -> None:
+        """Give the module its own forward again."""
+        if self._own:
+            self._module.forward = self._before
+        else:
+            del self._module.forward

@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Final
 
@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from actstore.config import Rows
 from actstore.errors import ConfigError
 from actstore.packet import Axis, PassInfo
 
-__all__ = ["Entries", "read_axes", "read_inputs", "read_rows"]
+__all__ = ["Entries", "RowChoice", "read_axes", "read_inputs", "read_rows"]
 
 _IDS: Final = ("input_ids", "tokens", "token_ids", "idx", "input")
 _EMBEDS: Final = ("inputs_embeds",)
@@ -204,6 +205,89 @@ def _first(arguments: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | Non
 
 
 @dataclass(slots=True)
+class RowChoice:
+    """Which rows of a pass's axes are kept.
+
+    Parameters
+    ----------
+    rows : {"last", "generated"}, slice or callable
+        As `HookConfig` has it.
+    """
+
+    rows: Rows
+    _prompt: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    def choose(self, axis: Axis) -> tuple[Axis, NDArray[np.int64]]:
+        """Give an axis of the rows that are kept, and the place of each in the sequence.
+
+        Every item keeps the same number of rows; those that only fill up are marked as padding.
+
+        Returns
+        -------
+        axis : Axis
+            [batch, k].
+        places : numpy.ndarray
+            int64 [batch, k], ascending in each item.
+
+        Raises
+        ------
+        ConfigError
+            A callable gave something else than bool [batch, sequence].
+        """
+        wanted = self._wanted(axis)
+        most = int(wanted.sum(axis=1).max(initial=0))
+        places = np.sort(np.argsort(~wanted, axis=1, kind="stable")[:, :most], axis=1)
+
+        def pick(values: NDArray[Any]) -> NDArray[Any]:
+            return np.take_along_axis(values, places, axis=1)
+
+        kept = replace(
+            axis,
+            sequence=most,
+            token_ids=pick(axis.token_ids),
+            positions=pick(axis.positions),
+            mask=pick(axis.mask & wanted),
+        )
+        return kept, places
+
+    def _wanted(self, axis: Axis) -> NDArray[np.bool_]:
+        shape = (axis.batch, axis.sequence)
+        wanted = np.zeros(shape, np.bool_)
+        if isinstance(self.rows, slice):
+            wanted[:, self.rows] = True
+        elif self.rows == "last":
+            real = np.where(axis.mask.any(axis=1, keepdims=True), axis.mask, True)
+            last = axis.sequence - 1 - np.argmax(real[:, ::-1], axis=1)
+            wanted[np.arange(axis.batch), last] = True
+        elif self.rows == "generated":
+            wanted[:, self._prompt_length(axis) :] = True
+        elif callable(self.rows):
+            given = np.asarray(self.rows(axis))
+            if given.shape != shape or given.dtype != np.bool_:
+                msg = (
+                    f"rows must give bool {shape} for an axis of {axis.batch} × {axis.sequence} "
+                    f"rows; got {given.dtype} {given.shape}"
+                )
+                raise ConfigError(msg)
+            wanted = given
+        return wanted
+
+    def _prompt_length(self, axis: Axis) -> int:
+        """Give how many of the rows that a pass is fed are its prompt.
+
+        None where they follow what is cached; where what the pass before was fed is fed again
+        with more behind it, as many as then; else all.
+        """
+        if axis.rows and axis.positions[:, 0].min() > 0:
+            return 0
+        prompt = self._prompt.get(axis.name)
+        if prompt is not None and np.array_equal(axis.token_ids[:, : prompt.shape[1]], prompt):
+            return int(prompt.shape[1])
+        self._prompt[axis.name] = axis.token_ids
+        return axis.sequence
+
+
+@dataclass(slots=True)
 class Entries:
     """The entry modules of a model, and which of them are being called.
 
@@ -224,6 +308,11 @@ class Entries:
     _outermost: FrameType | None = None
     _raised: BaseException | None = None
     _parameters: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def outermost(self) -> nn.Module | None:
+        """The entry module whose call is the pass, while it runs."""
+        return self._stack[0] if self._stack else None
 
     @property
     def inside(self) -> bool:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from torch import nn
 
+from actstore import hook_names
 from actstore.config import HookConfig, HookGranularity
 from actstore.errors import ConfigError
 
@@ -51,12 +52,16 @@ class Target:
         The variable of a dataset that it belongs to.
     block : int
         The index of its block, or -1.
+    tap : {"out", "in", "weights"}
+        What of it is kept: its output, what it is given, or the attention weights that it returns
+        beside its output.
     """
 
     name: str
     module: nn.Module
     site: str
     block: int
+    tap: str = "out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +148,16 @@ def entry_modules(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
     stacks = find_stacks(model)
     both = {"encoder_token", "decoder_token"} <= {stack.axis for stack in stacks}
     own = "" if both else "token"
-    axes: dict[Any, str] = {model: own, getattr(model, "base_model", None): own}
-    for stack in stacks:
-        axes.setdefault(modules[_parent(stack.path)], stack.axis)
+    found = [(model, own), (getattr(model, "base_model", None), own)]
+    found += [(modules[_parent(stack.path)], stack.axis) for stack in stacks]
     for side in ("encoder", "decoder"):
-        axes.setdefault(
-            _ask(getattr(model, f"get_{side}", None)), f"{side}_token" if both else own
-        )
-    return {
-        module: (names[module], axis)
-        for module, axis in axes.items()
-        if isinstance(module, nn.Module) and module in names and _runs(module)
-    }
+        end = _ask(getattr(model, f"get_{side}", None))
+        found.append((end, f"{side}_token" if both else own))
+    entries: dict[nn.Module, tuple[str, str]] = {}
+    for module, axis in found:
+        if isinstance(module, nn.Module) and module in names and _runs(module):
+            entries.setdefault(module, (names[module], axis))
+    return entries
 
 
 def select(model: nn.Module, granularity: HookGranularity, hooks: HookConfig) -> list[Target]:
@@ -176,7 +179,7 @@ def select(model: nn.Module, granularity: HookGranularity, hooks: HookConfig) ->
         targets.append(Target(name, module, site, block))
     if not targets:
         raise ConfigError(_nothing(model, granularity))
-    return _targeted(targets, hooks, granularity)
+    return _tapped(model, targets, hooks, granularity)
 
 
 # -- blocks -------------------------------------------------------------------------------------
@@ -392,36 +395,95 @@ def _wanted(
     return True
 
 
-def _targeted(
-    targets: list[Target], hooks: HookConfig, granularity: HookGranularity
+def _tapped(
+    model: nn.Module, outputs: list[Target], hooks: HookConfig, granularity: HookGranularity
 ) -> list[Target]:
+    """Give the outputs, inputs and attention weights that are asked for."""
+    inputs = [
+        replace(one, name=f"{one.name}@in", site=f"{one.site}@in", tap="in") for one in outputs
+    ]
+    weights = [
+        replace(one, name=f"{one.name}#1", site=f"{one.site}_weights", tap="weights")
+        for one in outputs
+        if one.site.endswith("attn")
+    ]
+    targets = _targeted(outputs, inputs, weights, hooks, granularity)
+    chosen = {one.name for one in targets}
+    if hooks.inputs:
+        targets += [one for one in inputs if one.name[:-3] in chosen and one.name not in chosen]
+    if hooks.attention_weights:
+        wanted = [one for one in weights if one.name[:-2] in chosen and one.name not in chosen]
+        if not wanted:
+            msg = (
+                f"attention_weights: none of the hooked modules of {type(model).__name__} is an "
+                "attention module; name some in target_layers, or use ATTENTION_ONLY"
+            )
+            raise ConfigError(msg)
+        targets += wanted
+    for one in targets:
+        if one.tap == "weights":
+            _check_weights(model, one)
+    return targets
+
+
+def _check_weights(model: nn.Module, target: Target) -> None:
+    """Refuse attention that never has its weights."""
+    config = getattr(target.module, "config", None) or getattr(model, "config", None)
+    kind = getattr(config, "_attn_implementation", None)
+    if kind not in (None, "eager"):
+        msg = (
+            f"{target.name[:-2]!r} runs {kind!r} attention, which never computes the weights; "
+            "load the model with attn_implementation='eager', or call "
+            "model.set_attn_implementation('eager')"
+        )
+        raise ConfigError(msg)
+
+
+def _targeted(
+    outputs: list[Target],
+    inputs: list[Target],
+    weights: list[Target],
+    hooks: HookConfig,
+    granularity: HookGranularity,
+) -> list[Target]:
+    """Give what ``target_layers`` means: outputs, and inputs and weights that it names."""
     wanted = hooks.target_layers
     if wanted is None:
-        return targets
-    names = [target.name for target in targets]
+        return outputs
     if callable(wanted):
         ask = _predicate(wanted)
-        chosen = [target for target in targets if ask(target.name, target.module)]
+        chosen = [target for target in outputs if ask(target.name, target.module)]
         missing = [] if chosen else [repr(wanted)]
     else:
-        globs = list(wanted)
-        chosen = [
-            target for target in targets if any(_matches(target.name, glob) for glob in globs)
-        ]
-        missing = [glob for glob in globs if not any(_matches(name, glob) for name in names)]
+        everything = [*outputs, *inputs, *weights]
+        found = {glob: _meant(glob, outputs, everything) for glob in wanted}
+        names = {target.name for mine in found.values() for target in mine}
+        chosen = [target for target in everything if target.name in names]
+        missing = [glob for glob, mine in found.items() if not mine]
     if missing:
+        known = [target.name for target in outputs]
         msg = (
-            f"target_layers {missing!r} match none of the {len(names)} layers of "
-            f"{granularity.name}; they are {', '.join(map(repr, names[:12]))}"
-            f"{', …' if len(names) > 12 else ''}"
+            f"target_layers {missing!r} match none of the {len(known)} layers of "
+            f"{granularity.name}; they are {', '.join(map(repr, known[:12]))}"
+            f"{', …' if len(known) > 12 else ''}, what they are given ('name@in'), and "
+            f"{', '.join(map(repr, hook_names.KNOWN))}"
         )
         raise ConfigError(msg)
     return chosen
 
 
-def _matches(name: str, wanted: str) -> bool:
-    """Whether a name is meant by an exact name or a glob; a name may hold brackets itself."""
-    return name == wanted or fnmatchcase(name, wanted)
+def _meant(wanted: str, outputs: list[Target], everything: list[Target]) -> list[Target]:
+    """Give the targets of an exact name, of a glob, or of one of TransformerLens' names."""
+    exact = [target for target in everything if target.name == wanted]
+    if exact:
+        return exact
+    named = hook_names.parse(wanted)
+    if named is not None:
+        site, block = named
+        mine = [target for target in everything if target.site == site]
+        return [target for target in mine if block is None or target.block == block]
+    among = everything if "@in" in wanted or "#" in wanted else outputs
+    return [target for target in among if fnmatchcase(target.name, wanted)]
 
 
 def _predicate(wanted: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:

@@ -21,12 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from actstore import codecs, files
-from actstore.capture.describe import check_same_run, describe
-from actstore.capture.hooks import Hooks, Sampling
-from actstore.capture.passes import Entries
+from actstore.capture.header import check_same_run, describe
+from actstore.capture.hooks import Choice, Hooks, Sampling
+from actstore.capture.passes import Entries, RowChoice
 from actstore.capture.pipeline import Pipeline
 from actstore.capture.select import Stack, Target, entry_modules, find_stacks, select
 from actstore.capture.stage import Stage
@@ -67,12 +68,23 @@ class Instrumented:
         With ``decode([id])``.
     name : str
         What its layers are called by where a capture has several models.
+    given : torch.nn.Module
+        The model, or the wrapper that holds it.
     """
 
     model: nn.Module
     hooks: HookConfig
     tokenizer: Any
     name: str
+    given: nn.Module
+
+    @property
+    def compiled(self) -> bool:
+        """Whether any part of it was compiled."""
+        return any(
+            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+            for module in self.given.modules()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +165,13 @@ class Capture:
 
     def __enter__(self) -> _TokenBoundaryTracker | None:
         granularity = self._config.granularity
+        _check_alike(self._models)
         targets = _targets(self._models, granularity)
         header = describe(self._models, self._config, self._options.track_per_token)
         with ExitStack() as stack:
             _claim_models(self._models, stack)
+            # compiled code calls no hooks, or those that there were when it was compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             check_path(self._path)
             checkpoint_path = _checkpoint_path(self._options, self._path)
             if not self._options.resume_from_checkpoint:
@@ -177,9 +192,14 @@ class Capture:
                 next_seq=run.point.next_seq,
                 next_pass=run.point.next_pass,
                 known=run.layers,
-                sampling=Sampling(first.hooks.sampling_rate, first.hooks.sampling_seed)
-                if sampled
-                else None,
+                choice=Choice(
+                    Sampling(first.hooks.sampling_rate, first.hooks.sampling_seed)
+                    if sampled
+                    else None,
+                    RowChoice(first.hooks.rows) if first.hooks.rows is not None else None,
+                    first.hooks.outputs == "all",
+                    first.hooks.stop_after_last_layer,
+                ),
                 known_widths=run.widths,
                 tokenizer=first.tokenizer,
                 flush_at_pass_end=not self._options.track_per_token,
@@ -345,6 +365,12 @@ class Capture:
                 told.append("no layer fired: the log is empty; call the model inside the with")
         elif summary["never_fired"]:
             told.append(f"these layers never fired: {_some(summary['never_fired'])}")
+        compiled = [one.name for one in self._models if one.compiled]
+        if compiled:
+            told.append(
+                f"{_some(compiled)} is compiled: what was captured ran uncompiled, since compiled "
+                "code calls no hooks; its last bits may differ from those of compiled code"
+            )
         if summary["skipped"]:
             told.append(f"these outputs can't be kept: {_some(list(summary['skipped']))}")
         if summary["limited_by"] == "log":
@@ -462,6 +488,19 @@ def _claim_models(models: Sequence[Instrumented], stack: ExitStack) -> None:
             _captured.difference_update(modules)
 
     stack.callback(release)
+
+
+def _check_alike(models: Sequence[Instrumented]) -> None:
+    """Refuse models of one capture whose hooks keep different things."""
+    for field in ("sampling_rate", "sampling_seed", "outputs", "rows", "stop_after_last_layer"):
+        given = {one.name: getattr(one.hooks, field) for one in models}
+        first = next(iter(given.values()))
+        if any(one != first for one in given.values()):
+            msg = (
+                f"the models of one capture must have the same HookConfig.{field}; got {given!r}: "
+                "give them the same, or capture them one after the other"
+            )
+            raise ConfigError(msg)
 
 
 def _targets(models: Sequence[Instrumented], granularity: HookGranularity) -> list[Target]:

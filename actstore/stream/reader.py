@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore import codecs, dtypes
+from actstore import codecs, dtypes, hook_names
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
 from actstore.packet import LayerInfo, Packet, PassInfo, TokenRecord
 from actstore.stream import table
@@ -204,7 +204,7 @@ class StreamReader:
         self.check()
 
     def layer(self, name: str) -> LayerInfo:
-        """Give a layer by name.
+        """Give a layer by its name, or by TransformerLens' (``"blocks.3.hook_resid_post"``).
 
         Raises
         ------
@@ -214,6 +214,10 @@ class StreamReader:
         try:
             return self.layers[name]
         except KeyError:
+            meant = hook_names.parse(name)
+            for info in self.layers.values():
+                if meant == (info.site, info.block):
+                    return info
             near = ", ".join(map(repr, list(self.layers)[:8]))
             msg = f"{self.path} has no layer {name!r}; it has {len(self.layers)}: {near}, …"
             raise ConfigError(msg) from None

@@ -31,10 +31,12 @@ def _run(model: nn.Module, log: Path, run: Callable[[nn.Module], Any]) -> tuple[
     return _passes(log)
 
 
-def _assert_axis(info: PassInfo, ids: Any, positions: Any, mask: Any = None) -> None:
+def _assert_axis(
+    info: PassInfo, ids: Any, positions: Any, mask: Any = None, name: str = "token"
+) -> None:
     (axis,) = info.axes
     ids = np.asarray(ids)
-    assert (axis.name, axis.batch, axis.sequence) == ("token", *ids.shape)
+    assert (axis.name, axis.batch, axis.sequence) == (name, *ids.shape)
     assert axis.rows == ids.size
     np.testing.assert_array_equal(axis.token_ids, ids)
     np.testing.assert_array_equal(axis.positions, np.broadcast_to(positions, ids.shape))
@@ -254,8 +256,9 @@ def test_an_encoder_decoder_that_generates_runs_its_encoder_in_a_pass_of_its_own
 
     first, *others = _run(build("t5"), log, run)
     assert (first.entry, len(others)) == ("encoder", 3)
-    _assert_axis(first, token_ids(), range(5))
+    _assert_axis(first, token_ids(), range(5), name="encoder_token")
     for number, info in enumerate(others):
+        assert [axis.name for axis in info.axes] == ["decoder_token"]
         assert info.axes[0].positions.tolist() == [[number]] * 2
 
 

@@ -164,7 +164,7 @@ def test_attributes_named_like_those_of_hugging_face_do_no_harm() -> None:
     model.base_model = {"not": "a module"}
     model.get_encoder = lambda: ["neither"]
     model.get_decoder = 3
-    assert list(entry_modules(model).values()) == [""]
+    assert list(entry_modules(model).values()) == [("", "token")]
 
 
 # -- sampling -----------------------------------------------------------------------------------

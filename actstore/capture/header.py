@@ -24,7 +24,10 @@ __all__ = ["check_same_run", "describe"]
 
 #: Of a model's config: where it was loaded from, and by which version, is not what it is.
 _INCIDENTAL = ("_name_or_path", "transformers_version")
-_SAME_CAPTURE = ("granularity", "sampling_rate", "sampling_seed", "target_layers")
+_SAME_CAPTURE = (
+    *("granularity", "sampling_rate", "sampling_seed", "target_layers"),
+    *("inputs", "outputs", "attention_weights", "rows"),
+)
 
 
 def describe(
@@ -42,6 +45,10 @@ def describe(
             "compression": config.compression_algorithm,
             "sampling_rate": hooks.sampling_rate,
             "sampling_seed": hooks.sampling_seed,
+            "inputs": hooks.inputs,
+            "outputs": hooks.outputs,
+            "attention_weights": hooks.attention_weights,
+            "rows": _named_rows(hooks.rows),
             "target_layers": targets
             if targets is None
             else getattr(targets, "__qualname__", "callable")
@@ -55,6 +62,14 @@ def describe(
         "world_size": world_size,
         "codecs": {str(number): entry for number, entry in codecs.CODECS.items()},
     }
+
+
+def _named_rows(rows: Any) -> str | None:
+    """Say which rows are kept."""
+    if isinstance(rows, slice):
+        given = (rows.start, rows.stop, rows.step)
+        return ":".join("" if one is None else str(one) for one in given)
+    return getattr(rows, "__qualname__", "callable") if callable(rows) else rows
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
