@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Real
 from typing import Any
 
 from actstore.errors import ConfigError
@@ -22,6 +23,7 @@ Rows = str | slice | Callable[[Any], Any]
 _GIGABYTE = 10**9
 _CODECS = ("lz4", "zstd", "none")
 _LEAST_BUDGET = 1 << 20
+_MOST = sys.float_info.max / _GIGABYTE
 _OUTPUTS = ("first", "all")
 _ROWS = ("last", "generated")
 
@@ -173,8 +175,8 @@ def _check_granularity(name: str, value: Any) -> None:
 
 
 def _check_positive(name: str, value: Any, wanted: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= sys.float_info.max:  # NaN compares as neither
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < value <= _MOST:  # NaN compares as neither
         msg = f"{name} must be a positive, finite number ({wanted}); got {value!r}"
         raise ConfigError(msg)
 

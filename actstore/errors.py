@@ -9,7 +9,7 @@ Grouped by what the caller does next::
     ├── CaptureError (RuntimeError)      mend the cause and capture again; what was committed
     │                                    until then is in the log
     ├── FormatError (ValueError)         the file is not what it was opened as
-    │   ├── StreamCorruptError           read on with ``errors="skip"``, or ``actstore.recover``
+    │   ├── StreamCorruptError           read on with ``open_stream(path, errors="skip")``
     │   └── UnsupportedVersionError      read it with the version of actstore that the text names
     └── ArchiveError (RuntimeError)      the archive can't be written there, or fails verification:
                                          compact again from the log

@@ -307,11 +307,12 @@ def _labels(name: str, given: Any) -> list[Any]:
     if not isinstance(values, list | tuple):
         msg = f"annotate({name}=...) wants a list with a value for each batch item; got {given!r}"
         raise ConfigError(msg)
+    values = [one.item() if hasattr(one, "item") else one for one in values]  # NumPy's scalars
     wrong = [one for one in values if not isinstance(one, str | int | float | bool)]
     if wrong:
         msg = f"annotate({name}=...) wants values of str, int, float or bool; got {wrong[0]!r}"
         raise ConfigError(msg)
-    return list(values)
+    return values
 
 
 def _name(granularity: HookGranularity | None) -> str:

@@ -91,7 +91,8 @@ class Axis:
     batch, sequence : int
         Rows are numbered batch item first, then place in the sequence.
     token_ids, positions : numpy.ndarray
-        int64 [batch, sequence]; ids are -1 where the model was fed no ids.
+        int64 [batch, sequence]; ids are -1 where the model was fed no ids, positions where it
+        went on from a state that doesn't say how much it has seen.
     mask : numpy.ndarray
         bool [batch, sequence]; False is padding.
     flat : bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -263,9 +264,33 @@ def test_a_damaged_log_is_an_error_with_the_place(log: Path) -> None:
     assert caught.value.offset == place
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"tokens": 3, "total_tokens": 1}', "\0"])
-def test_a_token_table_that_is_none_is_refused_by_name(text: str, log: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"tokens": 3, "total_tokens": 1}',
+        '{"tokens": [], "total_tokens": 3}',
+        "\0",
+    ],
+)
+def test_a_token_table_that_is_none_or_another_run_s_is_not_believed(text: str, log: Path) -> None:
     framework = _generated(log)
+    wanted = analyze_activations_with_tokens(log, framework)["token_metadata"]
     log.with_name("gen.stream_tokens.json").write_text(text)
-    with pytest.raises(FormatError, match=r"gen\.stream_tokens\.json"):
-        analyze_activations_with_tokens(log, framework)
+    found = analyze_activations_with_tokens(log, framework)["token_metadata"]
+    assert found["tokens"] == wanted["tokens"]
+    assert found["total_tokens"] == wanted["total_tokens"]
+
+
+def test_a_log_without_tracking_takes_no_tokens_from_a_table_that_lies_there(log: Path) -> None:
+    framework = _generated(log)
+    sidecar = log.with_name("gen.stream_tokens.json")
+    before = sidecar.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with framework.capture_activations(log):
+            pass
+    sidecar.write_bytes(before)
+    assert "token_metadata" not in analyze_activations_with_tokens(log, framework)

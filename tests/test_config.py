@@ -57,7 +57,9 @@ def test_an_unknown_codec_is_refused_naming_those_there_are(codec: Any) -> None:
 
 
 @pytest.mark.parametrize("field", ["target_throughput_gbps", "max_memory_gb"])
-@pytest.mark.parametrize("value", [*NOT_POSITIVE, *(one for one in NO_NUMBERS if one), 10**400])
+@pytest.mark.parametrize(
+    "value", [*NOT_POSITIVE, *(one for one in NO_NUMBERS if one), 10**400, 1e300]
+)
 def test_a_size_that_is_no_positive_finite_number_is_refused(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field} must be a positive, finite number"):
         InstrumentationConfig(FULL, **{field: value})

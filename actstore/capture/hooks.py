@@ -12,7 +12,7 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +25,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from actstore import dtypes
-from actstore.capture.passes import Entries, RowChoice, read_axes, read_inputs, read_rows
+from actstore.capture.passes import (
+    CACHES,
+    UNKNOWN,
+    Entries,
+    RowChoice,
+    read_axes,
+    read_inputs,
+    read_rows,
+)
 from actstore.capture.select import Stack, Target
 from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
@@ -186,6 +194,7 @@ class Hooks:
         self._pass: PassInfo | None = None
         self._thread = 0
         self._seen: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], int]] = {}
+        self._fed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._known = known or {}
         self._layers: dict[str, _Layer] = {}
         for target in targets:
@@ -318,7 +327,7 @@ class Hooks:
                 self._close_pass(aborted=self._entries.interrupted)
             self._open_pass(name, axis, arguments)
         else:
-            self._add_axes(read_axes(axis, arguments))
+            self._add_axes(read_axes(axis, arguments), arguments)
 
     def _leave_pass(self, module: nn.Module, _args: Any, _output: Any) -> None:
         if torch._C._current_graph_task_id() != -1 or threading.get_ident() != self._thread:
@@ -334,16 +343,29 @@ class Hooks:
             if inside and threading.get_ident() == self._thread and not self._has_axis(axis):
                 given = {str(place): one for place, one in enumerate(args)} | kwargs
                 rows = read_rows(axis, given)
-                self._add_axes((rows,) if rows else ())
+                self._add_axes((rows,) if rows else (), {})
 
         return hook
 
     def _has_axis(self, name: str) -> bool:
         return self._pass is not None and any(axis.name == name for axis in self._pass.axes)
 
-    def _add_axes(self, axes: tuple[Axis, ...]) -> None:
+    def _count(self, axis: Axis, arguments: Mapping[str, Any]) -> Axis:
+        """Give rows behind a cache that can't say how much it holds the next positions."""
+        cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+        if cache is None or not hasattr(cache, "__weakref__") or not isinstance(cache, Hashable):
+            return axis
+        before = self._fed.get(cache, 0)
+        self._fed[cache] = before + axis.sequence
+        if axis.rows and axis.positions[0, 0] == UNKNOWN:
+            positions = np.broadcast_to(before + np.arange(axis.sequence), axis.positions.shape)
+            return replace(axis, positions=positions.copy())
+        return axis
+
+    def _add_axes(self, axes: tuple[Axis, ...], arguments: Mapping[str, Any]) -> None:
         if axes and self._pass is not None:
-            found = (*self._pass.axes, *self._choose(axes))
+            axes = self._choose(tuple(self._count(axis, arguments) for axis in axes))
+            found = (*self._pass.axes, *axes)
             main = sorted(found, key=lambda axis: axis.name in _MAIN_AXES)  # they come last
             self._pass = replace(self._pass, axes=tuple(main))
             self._stage.update_pass(self._pass, self._new_texts(self._pass))
@@ -373,7 +395,8 @@ class Hooks:
             self._entries.forget()
             raise
         self._chosen = {}
-        info = replace(info, axes=self._choose(info.axes))
+        axes = self._choose(tuple(self._count(axis, arguments) for axis in info.axes))
+        info = replace(info, axes=axes)
         self._waiting = set(self._names) if self._choice.stop else set()
         self._stage.begin_pass(info, self._new_texts(info))
         self.last_pass = info.index

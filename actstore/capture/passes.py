@@ -23,15 +23,17 @@ from actstore.config import Rows
 from actstore.errors import ConfigError
 from actstore.packet import Axis, PassInfo
 
-__all__ = ["Entries", "RowChoice", "read_axes", "read_inputs", "read_rows"]
+__all__ = ["CACHES", "UNKNOWN", "Entries", "RowChoice", "read_axes", "read_inputs", "read_rows"]
 
 _IDS: Final = ("input_ids", "tokens", "token_ids", "idx", "input")
 _EMBEDS: Final = ("inputs_embeds",)
-_CACHES: Final = ("past_key_values", "cache", "past_key_value", "past_kv_cache")
+CACHES: Final = ("past_key_values", "cache", "past_key_value", "past_kv_cache", "state")
+#: The position of a row behind a cache that doesn't say how much it holds.
+UNKNOWN: Final = -1
 #: What the root of an encoder-decoder says of its decoder begins with this.
 _OF_DECODER: Final = "decoder_"
 #: What it says of both, and is of the decoder.
-_OF_CACHE: Final = (*_CACHES, "cache_position")
+_OF_CACHE: Final = (*CACHES, "cache_position")
 #: Integers that are no token ids.
 _NO_IDS: Final = re.compile(r"(mask|position|label|type|index|length)")
 _TOKEN_NDIM: Final = 2
@@ -173,17 +175,26 @@ def _positions(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[
             found = _integers(given)
             if found.shape[-1:] == shape[1:] and found.size in (shape[1], shape[0] * shape[1]):
                 return np.broadcast_to(found, shape).copy()
-    return np.broadcast_to(_cached_length(arguments) + np.arange(shape[1]), shape).copy()
+    before = _cached_length(arguments)
+    if before is None:
+        return np.full(shape, UNKNOWN, np.int64)
+    return np.broadcast_to(before + np.arange(shape[1]), shape).copy()
 
 
-def _cached_length(arguments: Mapping[str, Any]) -> int:
-    cache = next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
+def _cached_length(arguments: Mapping[str, Any]) -> int | None:
+    """Give how many positions came before; None where the model's cache or state can't say."""
+    cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+    if cache is None:
+        return 0
+    if isinstance(cache, tuple | list):
+        if cache and isinstance(cache[0], tuple | list):
+            return int(cache[0][0].shape[-2])  # the older form: (keys, values) [B, H, S, D]
+        return None
     length = getattr(cache, "get_seq_length", None)
-    if callable(length):
-        return int(length())
-    if isinstance(cache, tuple | list) and cache and isinstance(cache[0], tuple | list):
-        return int(cache[0][0].shape[-2])  # the older form: (keys, values) [B, H, S, D] a layer
-    return 0
+    try:
+        return int(length()) if callable(length) else None
+    except (ValueError, RuntimeError, NotImplementedError):  # a state-space model's has none
+        return None
 
 
 def _mask(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -354,13 +365,20 @@ class Entries:
     def arguments(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Name the arguments of a call by the parameters of the module's forward."""
+        """Name the arguments of a call by the parameters of the module's forward.
+
+        What is in a dict among them has its own name: a batch may come as one.
+        """
         names = self._parameters.get(module)
         if names is None:
             names = tuple(inspect.signature(module.forward).parameters)
             self._parameters[module] = names
         unnamed = (f"*{place}" for place in range(len(names), len(args)))
-        return {**dict(zip((*names, *unnamed), args, strict=False)), **kwargs}
+        given = {**dict(zip((*names, *unnamed), args, strict=False)), **kwargs}
+        for value in list(given.values()):
+            if isinstance(value, Mapping):
+                given = {**{str(key): one for key, one in value.items()}, **given}
+        return given
 
 
 def _encloses(outer: FrameType | None, frame: FrameType | None) -> bool:

@@ -351,11 +351,11 @@ def _outer_sites(model: nn.Module, blocks: list[_Block]) -> dict[nn.Module, str]
 
 
 def _norm_after(parent: nn.Module, stack: nn.Module) -> nn.Module | None:
-    """Give the last norm that is registered beside a stack, behind it."""
+    """Give the last norm that is registered beside a stack, behind it or as a final one."""
     found, seen = None, False
-    for child in parent.children():
+    for key, child in parent.named_children():
         seen = seen or child is stack
-        if seen and _NORM_CLASS.search(type(child).__name__):
+        if (seen or key.startswith("final")) and _NORM_CLASS.search(type(child).__name__):
             found = child
     return found
 

@@ -175,7 +175,7 @@ class Capture:
             check_path(self._path)
             checkpoint_path = _checkpoint_path(self._options, self._path)
             if not self._options.resume_from_checkpoint:
-                _move_aside(self._path)
+                _move_aside(self._path, checkpoint_path)
             self._writer = stack.enter_context(StreamWriter(self._path))
             run = self._begin(header, checkpoint_path)
             self._stage = Stage(self._config.budget, run.point)
@@ -380,7 +380,7 @@ class Capture:
                 f"{summary['waited_seconds']:.2f} s for the log"
             )
         for text in told:
-            warnings.warn(f"capture into {self._path}: {text}", ActstoreWarning, stacklevel=4)
+            warnings.warn(f"capture into {self._path}: {text}", ActstoreWarning, stacklevel=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,21 +445,30 @@ def _check_place(what: str, path: Path) -> None:
         raise ConfigError(msg)
 
 
-def _move_aside(path: Path) -> None:
-    """Move a log that is in the way, and its sidecars, to a free name."""
-    if not path.exists() or not path.stat().st_size:
+def _move_aside(path: Path, checkpoint_path: Path) -> None:
+    """Move a log that is in the way, and what is of it or of one like it, to free names."""
+    there = path.exists() and path.stat().st_size > 0
+    of_log = {tokens_name(path): tokens_name, checkpoint_name(path): checkpoint_name}
+    if there:  # else what has the older name may be anything
+        of_log[older_tokens_name(path)] = older_tokens_name
+    found = [name for name in (*of_log, checkpoint_path) if name.exists()]
+    if checkpoint_path in found and checkpoint_path not in of_log:
+        Checkpoint.read(checkpoint_path)  # raises: a file that is none is not ours to move
+    if not there and not found:
         return
     with StreamWriter(path):  # holds its lock: no other capture is writing it
         aside = files.free_name(path)
-        for name in (tokens_name, checkpoint_name, older_tokens_name):
-            if name(path).exists():
-                name(path).rename(name(aside))
-        files.replace(path, aside)
-    warnings.warn(
-        f"{path} held a log, which is never overwritten: it is now {aside}, its sidecars with it",
-        ActstoreWarning,
-        stacklevel=6,
+        for name in dict.fromkeys(found):
+            rename = of_log.get(name)
+            name.rename(rename(aside) if rename else files.free_name(name))
+        if there:
+            files.replace(path, aside)
+    what = (
+        f"{path} held a log, which is never overwritten: it is now {aside}, its sidecars with it"
+        if there
+        else f"beside {path} stood files of a log that is gone: they are now those of {aside}"
     )
+    warnings.warn(what, ActstoreWarning, stacklevel=6)
 
 
 def _keep_unbegun(path: Path) -> bool:

@@ -100,7 +100,8 @@ class LogFile:
         self.size = found.st_size
 
     def __del__(self) -> None:
-        self.close()
+        if os is not None:  # at the interpreter's exit, modules may be gone
+            self.close()
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -164,8 +165,8 @@ class LogFile:
     def corrupt(self, offset: int, reason: str) -> StreamCorruptError:
         """Make the error of damage at an offset of this file."""
         msg = (
-            f"{self.path} is damaged at byte {offset}: {reason}; open it with errors='skip' to "
-            "read what is intact, or make a whole log of that with actstore.recover"
+            f"{self.path} is damaged at byte {offset}: {reason}; actstore.open_stream(path, "
+            "errors='skip') reads what is intact"
         )
         return StreamCorruptError(msg, path=str(self.path), offset=offset)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,6 @@ __all__ = [
     "Checkpoint",
     "checkpoint_name",
     "older_tokens_name",
-    "read_tokens",
     "resume_count",
     "token_dict",
     "token_metadata",
@@ -49,15 +49,19 @@ def older_tokens_name(path: Path) -> Path:
 
 
 def token_metadata(reader: StreamReader) -> dict[str, Any] | None:
-    """Give a log's token table: the one beside it, else rebuilt; None without tokens.
+    """Give a log's token table: the one beside it, else rebuilt; None where none were tracked.
 
-    A table that counts other tokens than the log is of another run, or from before a resume that
-    was killed: there, the log counts.
+    The log counts: a table that says other tokens is of another run, from before a resume that
+    was killed, or damaged.
     """
+    capture = reader.header.get("capture")
+    if not reader.tokens and isinstance(capture, dict) and not capture.get("track_per_token"):
+        return None
+    said = [(one.token_id, one.token_text) for one in reader.tokens]
     for name in (tokens_name(reader.path), older_tokens_name(reader.path)):
         if name.exists():
-            found = read_tokens(name)
-            if not reader.tokens or found["total_tokens"] == len(reader.tokens):
+            found = _table(name)
+            if found is not None and _said(found) == said:
                 return found
     if not reader.tokens:
         return None
@@ -89,19 +93,21 @@ def resume_count(path: Path) -> int:
         raise FormatError(msg) from error
 
 
-def read_tokens(path: Path) -> dict[str, Any]:
-    """Read a token table.
+def _table(path: Path) -> dict[str, Any] | None:
+    """Read a token table; None where the file is none."""
+    try:
+        found = _read(path)
+    except FormatError:
+        return None
+    return found if isinstance(found.get("total_tokens"), int) else None
 
-    Raises
-    ------
-    FormatError
-        It holds no ``tokens`` and ``total_tokens``.
-    """
-    found = _read(path)
-    if not isinstance(found.get("tokens"), list) or not isinstance(found.get("total_tokens"), int):
-        msg = f"{path} is no token table: wanted an object with 'total_tokens' and 'tokens'"
-        raise FormatError(msg)
-    return found
+
+def _said(table: Mapping[str, Any]) -> list[tuple[Any, Any]] | None:
+    """Give the ids and texts of a token table; None where it hasn't them."""
+    tokens = table.get("tokens")
+    if not isinstance(tokens, list) or not all(isinstance(one, dict) for one in tokens):
+        return None
+    return [(one.get("token_id"), one.get("token_text")) for one in tokens]
 
 
 def token_dict(record: TokenRecord) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from refeed import Model, run
 from tiny_models import sequential
 
 from actstore.capture import tokens as tokens_module
-from actstore.errors import CaptureError, ConfigError
+from actstore.errors import ActstoreError, ActstoreWarning, CaptureError, ConfigError
 from actstore.stream.reader import open_stream
 
 TOKEN_KEYS = [
@@ -395,3 +395,29 @@ def test_an_impossible_checkpoint_path_is_refused_before_anything_is_touched(
     ):
         pass
     assert not list(log.parent.iterdir())
+
+
+def test_a_file_that_is_no_checkpoint_is_never_overwritten(log: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.json"
+    notes.write_text('{"my": "data"}')
+    with (
+        pytest.raises(ActstoreError, match=r"notes\.json is no checkpoint"),
+        capturing(sequential(), log, track_per_token=True, checkpoint_path=notes),
+    ):
+        pass
+    assert notes.read_text() == '{"my": "data"}'
+
+
+def test_a_checkpoint_of_another_run_is_moved_aside(log: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"version": 1, "total_tokens": 0, "tokens": []}')
+    model = sequential()
+    with (
+        pytest.warns(ActstoreWarning, match="files of a log that is gone"),
+        capturing(model, log, track_per_token=True, checkpoint_path=other),
+    ):
+        model(torch.ones(1, 8))
+    assert (tmp_path / "other.1.json").read_text() == (
+        '{"version": 1, "total_tokens": 0, "tokens": []}'
+    )
+    assert not other.exists()
