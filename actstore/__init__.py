@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actstore.capture.preview import describe as describe
+    from actstore.capture.preview import estimate as estimate
     from actstore.compaction import compact as compact
     from actstore.config import HookConfig as HookConfig
     from actstore.config import HookGranularity as HookGranularity
@@ -33,6 +35,8 @@ _HOMES = {
     "InstrumentationFramework": "actstore.framework",
     "analyze_activations_with_tokens": "actstore.framework",
     "compact": "actstore.compaction",
+    "describe": "actstore.capture.preview",
+    "estimate": "actstore.capture.preview",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
     "verify": "actstore.verification",
@@ -46,6 +50,8 @@ __all__ = [
     "InstrumentationFramework",
     "analyze_activations_with_tokens",
     "compact",
+    "describe",
+    "estimate",
     "open_dataset",
     "open_stream",
     "verify",

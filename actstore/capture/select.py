@@ -20,7 +20,15 @@ from actstore import hook_names
 from actstore.config import HookConfig, HookGranularity
 from actstore.errors import ConfigError
 
-__all__ = ["Stack", "Target", "entry_modules", "find_stacks", "select", "unwrap"]
+__all__ = [
+    "Stack",
+    "Target",
+    "entry_modules",
+    "find_stacks",
+    "fused_experts",
+    "select",
+    "unwrap",
+]
 
 _ATTENTION_CLASS: Final = re.compile(r"(attention|attn)", re.IGNORECASE)
 _ATTENTION_NAME: Final = re.compile(r"(^|_)(attn|attention|self_attn|mha)$", re.IGNORECASE)
@@ -30,6 +38,7 @@ _MLP_CLASS: Final = re.compile(
 )
 _MLP_NAME: Final = re.compile(r"(^|_)(mlp|ffn?|feed_?forward|moe)$", re.IGNORECASE)
 _NORM_CLASS: Final = re.compile(r"norm", re.IGNORECASE)
+_FUSED_NDIM: Final = 3  # experts × outputs × inputs
 _SIDES: Final = re.compile(r"(encoder|decoder)", re.IGNORECASE)
 _TOWER: Final = re.compile(r"(vision|visual|image|audio|speech)", re.IGNORECASE)
 #: What wrappers call the module that they hold.
@@ -180,6 +189,19 @@ def select(model: nn.Module, granularity: HookGranularity, hooks: HookConfig) ->
     if not targets:
         raise ConfigError(_nothing(model, granularity))
     return _tapped(model, targets, hooks, granularity)
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Name the modules that hold the weights of several experts in one tensor.
+
+    Such a one computes its experts without calling a module for each: no hook sees them.
+    """
+    return [
+        name
+        for name, module in _named(model).items()
+        if name.rpartition(".")[2].endswith("experts")
+        and any(one.ndim == _FUSED_NDIM for one in module.parameters(recurse=False))
+    ]
 
 
 # -- blocks -------------------------------------------------------------------------------------

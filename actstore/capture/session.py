@@ -29,7 +29,14 @@ from actstore.capture.header import check_same_run, describe
 from actstore.capture.hooks import Choice, Hooks, Sampling
 from actstore.capture.passes import Entries, RowChoice
 from actstore.capture.pipeline import Pipeline
-from actstore.capture.select import Stack, Target, entry_modules, find_stacks, select
+from actstore.capture.select import (
+    Stack,
+    Target,
+    entry_modules,
+    find_stacks,
+    fused_experts,
+    select,
+)
 from actstore.capture.stage import Stage
 from actstore.capture.tokens import Checkpoints, _TokenBoundaryTracker
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
@@ -136,6 +143,8 @@ class Capture:
         The log.
     options : Options
         Tracking, checkpoints and resume.
+    warns : bool
+        Warn at the end of what was not captured.
 
     Attributes
     ----------
@@ -153,7 +162,10 @@ class Capture:
         config: InstrumentationConfig,
         path: Path,
         options: Options,
+        *,
+        warns: bool = True,
     ) -> None:
+        self._warns = warns
         self.summary: Mapping[str, Any] = {}
         self._models = models
         self._config = config
@@ -301,7 +313,7 @@ class Capture:
             self._surface(failure, error)
         if self._tracker is not None and failure is None:
             self._save(self._tracker, error)
-        if error is None:
+        if error is None and self._warns:
             self._warn()
 
     def _finish(self, kind: type[BaseException] | None) -> None:
@@ -335,6 +347,7 @@ class Capture:
             "ignored_recomputed": hooks.recomputed,
             "skipped": dict(hooks.skipped),
             "never_fired": hooks.never_fired(),
+            "fused_experts": [name for one in self._models for name in fused_experts(one.model)],
             "ended_by": kind.__name__ if kind else None,
         }
 
