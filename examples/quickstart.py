@@ -71,13 +71,14 @@ def analyse(log: Path, framework: actstore.InstrumentationFramework) -> None:
 
 
 def change(dataset: xr.Dataset) -> xr.DataArray:
-    """Give how much of the residual stream each block changes: |after - before| / |after|."""
-    after = dataset.resid.drop_vars("module")
-    first = dataset.embed.expand_dims(layer=[-1])
-    before = xr.concat([first, after], "layer").isel(layer=slice(None, -1))
-    before = before.assign_coords(layer=after.layer)
-    moved = np.sqrt(((after - before) ** 2).sum("feature"))
-    return moved / np.sqrt((after**2).sum("feature"))
+    """Give how much of the residual stream each block changes: |after - before| / |after|.
+
+    From the second block on: the first one writes nearly all of it, whatever the token.
+    """
+    stream = dataset.resid.drop_vars("module")
+    after, before = stream.isel(layer=slice(1, None)), stream.isel(layer=slice(None, -1))
+    moved = after - before.assign_coords(layer=after.layer)
+    return np.sqrt((moved**2).sum("feature")) / np.sqrt((after**2).sum("feature"))
 
 
 def draw(found: xr.DataArray, figure: Path) -> None:
