@@ -124,10 +124,11 @@ class HookConfig:
         for a pass's `actstore.packet.Axis`: bool [batch, sequence]. Items keep the same number of
         rows: where fewer are asked for, others fill up, marked as padding.
     attention_weights : bool
-        Keep what attention modules return beside their output: the layer ``name#1``, float
-        [batch, heads, queries, keys].
+        Keep the weights that attention modules return beside their output: the layer
+        ``name#weights``, float [batch, heads, queries, keys].
     stop_after_last_layer : bool
-        End each forward when every hooked layer has fired; the model then returns None.
+        End each forward when every hooked layer has fired; the model then returns None. Where
+        the model itself is one of them, it runs to its end.
 
     Raises
     ------

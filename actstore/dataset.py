@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Hashable, Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -167,6 +168,9 @@ class _Rows(BackendArray):
         self._lock = threading.Lock()
         self._readers: dict[int, Any] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rows_again, (self._reader.path.absolute(), self._variable.name)
+
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(
             key, self.shape, indexing.IndexingSupport.OUTER, self._read
@@ -206,6 +210,10 @@ class _Elements(BackendArray):
         self.shape = (ragged.size,)
         self.dtype = ragged.source.array
         self._elements = element_reader(reader, ragged)
+        self._where = reader.path.absolute(), ragged.values_name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _elements_again, self._where
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(
@@ -217,6 +225,23 @@ class _Elements(BackendArray):
         parts = [self._elements.read(int(run[0]), int(run[-1]) + 1) for run in _runs(places)]
         found = np.concatenate(parts) if parts else np.empty(0, self.dtype)
         return found[0] if isinstance(key[0], int | np.integer) else found
+
+
+@lru_cache(maxsize=8)
+def _reopened(path: Path) -> tuple[StreamReader, layout.Plan]:
+    """Open a log in another process; its arrays share the reader."""
+    reader = StreamReader(path)
+    return reader, plan_log(reader)
+
+
+def _rows_again(path: Path, name: str) -> _Rows:
+    reader, plan = _reopened(path)
+    return _Rows(reader, next(one for one in plan.variables if one.name == name))
+
+
+def _elements_again(path: Path, name: str) -> _Elements:
+    reader, plan = _reopened(path)
+    return _Elements(reader, next(one for one in plan.ragged if one.values_name == name))
 
 
 def _positions(key: Any, length: int) -> NDArray[np.int64]:

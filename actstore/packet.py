@@ -6,7 +6,7 @@ How they are framed in a file is ``actstore.stream``'s; how they are made from a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +14,53 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Axis", "LayerInfo", "Packet", "PassInfo", "TokenRecord"]
+__all__ = [
+    "MAIN_AXES",
+    "Axis",
+    "LayerInfo",
+    "Packet",
+    "PassInfo",
+    "TokenRecord",
+    "axis_of_site",
+    "is_weights",
+]
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
+#: The axes whose rows predict tokens, which heads are over.
+MAIN_AXES = ("decoder_token", "token")
+_HEADS = ("logits", "output")
+_WEIGHTS_NDIM = 4
+
+
+def axis_of_site(site: str, axes: Iterable[str]) -> str | None:
+    """Give which of several token axes a site's rows are of, as far as its name says.
+
+    Parameters
+    ----------
+    site : str
+        ``"decoder_resid"``, ``"model.encoder.layers.fc1"``, ``"logits"``, …
+    axes : iterable of str
+        Names of axes.
+
+    Returns
+    -------
+    str or None
+        One of them; None where there is doubt.
+    """
+    names = list(axes)
+    parts = site.partition("@")[0].partition("#")[0].split(".")
+    for name in names:
+        side = name.removesuffix("_token")
+        if any(part == side or part.startswith(f"{side}_") for part in parts):
+            return name
+    if parts[-1] in _HEADS:
+        return next((name for name in MAIN_AXES if name in names), None)
+    return None
+
+
+def is_weights(site: str, ndim: int) -> bool:
+    """Whether a tensor is attention weights [batch, heads, queries, keys]: over no token axis."""
+    return ndim == _WEIGHTS_NDIM and ("attn_weights" in site or "attn#" in site)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -302,6 +304,31 @@ def test_threads_read_one_log_at_once(tmp_path: Path) -> None:
 
 
 # -- closing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("chunks", [None, "auto"])
+def test_a_dataset_travels_to_another_process(place: Path, chunks: Any) -> None:
+    here = actstore.open_dataset(place, chunks=chunks)
+    assert_same(pickle.loads(pickle.dumps(here)).load(), here.load())
+
+
+def test_dask_computes_over_a_log_in_processes(place: Path) -> None:
+    with actstore.open_dataset(place) as lazy:
+        name = next(name for name, one in lazy.data_vars.items() if one.chunks and one.size)
+        code = (
+            "import sys, actstore, dask\n"
+            "if __name__ == '__main__':\n"
+            "    dask.config.set(num_workers=1)\n"
+            "    with actstore.open_dataset(sys.argv[1]) as found:\n"
+            "        print(float(found[sys.argv[2]].sum().compute(scheduler='processes')))\n"
+        )
+        script = place.with_name("sum.py")
+        script.write_text(code)
+        done = subprocess.run(
+            [sys.executable, script, place, name], capture_output=True, text=True, check=True
+        )
+        assert float(done.stdout) == pytest.approx(float(lazy[name].sum()), nan_ok=True)
 
 
 @pytest.mark.parametrize("chunks", ["auto", None, {}, {"token": 2}])

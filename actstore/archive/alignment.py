@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from actstore import dtypes
 from actstore.archive.grid import Segments
-from actstore.packet import Axis, LayerInfo, PassInfo
+from actstore.packet import Axis, LayerInfo, PassInfo, axis_of_site, is_weights
 
 __all__ = [
     "CANONICAL",
@@ -277,13 +277,15 @@ def _fit(shape: tuple[int, ...], info: PassInfo | None, site: str) -> _Fit | Non
     axes = axes_of(info).values()
     found = [fit for axis in axes if (fit := _lay(shape, axis, info.logits_to_keep, site))]
     if len(found) > 1:  # of two axes of one size, the site's own name decides
-        side = site.partition("_")[0]
-        found = [fit for fit in found if fit.axis.name == f"{side}_token"]
+        side = axis_of_site(site, (fit.axis.name for fit in found))
+        found = [fit for fit in found if fit.axis.name == side]
     return found[0] if len(found) == 1 else None
 
 
 def _lay(shape: tuple[int, ...], axis: Axis, keep: int, site: str) -> _Fit | None:
     batch, sequence = axis.batch, axis.sequence
+    if is_weights(site, len(shape)):
+        return None
     if not axis.flat and shape[:2] == (batch, sequence):
         return _Fit(axis, sequence, shape[2:])
     if (axis.flat or sequence > 1) and shape[:1] == (batch * sequence,):

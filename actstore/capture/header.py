@@ -24,10 +24,8 @@ __all__ = ["check_same_run", "describe"]
 
 #: Of a model's config: where it was loaded from, and by which version, is not what it is.
 _INCIDENTAL = ("_name_or_path", "transformers_version")
-_SAME_CAPTURE = (
-    *("granularity", "sampling_rate", "sampling_seed", "target_layers"),
-    *("inputs", "outputs", "attention_weights", "rows"),
-)
+_SAME_MODEL = ("class", "parameters", "target_layers", "inputs", "attention_weights")
+_SAME_CAPTURE = ("granularity", "sampling_rate", "sampling_seed", "outputs", "rows")
 
 
 def describe(
@@ -36,24 +34,16 @@ def describe(
     """Give the HEADER's attributes, but for the run's id and time."""
     rank, world_size = _rank()
     hooks = models[0].hooks
-    targets = hooks.target_layers
     return {
         "writer": {"name": "actstore", "version": actstore.__version__},
-        "models": [_model(one.name, one.model) for one in models],
+        "models": [_model(one) for one in models],
         "capture": {
             "granularity": config.granularity.name,
             "compression": config.compression_algorithm,
             "sampling_rate": hooks.sampling_rate,
             "sampling_seed": hooks.sampling_seed,
-            "inputs": hooks.inputs,
             "outputs": hooks.outputs,
-            "attention_weights": hooks.attention_weights,
             "rows": _named_rows(hooks.rows),
-            "target_layers": targets
-            if targets is None
-            else getattr(targets, "__qualname__", "callable")
-            if callable(targets)
-            else list(targets),
             "target_throughput_gbps": config.target_throughput_gbps,
             "max_memory_gb": config.max_memory_gb,
             "track_per_token": track_per_token,
@@ -99,8 +89,7 @@ def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten what must be the same in a resumed run."""
     flat: dict[str, Any] = {}
     for number, model in enumerate(header.get("models", [])):
-        flat[f"model {number} class"] = model.get("class")
-        flat[f"model {number} parameters"] = model.get("parameters")
+        flat |= {f"model {number} {name}": model.get(name) for name in _SAME_MODEL}
         for key, value in (model.get("config") or {}).items():
             if key not in _INCIDENTAL:
                 flat[f"model {number} config {key}"] = value
@@ -108,7 +97,8 @@ def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {name: capture.get(name) for name in _SAME_CAPTURE}
 
 
-def _model(name: str, model: nn.Module) -> dict[str, Any]:
+def _model(one: Instrumented) -> dict[str, Any]:
+    model, targets = one.model, one.hooks.target_layers
     dtypes = Counter[str]()
     for parameter in model.parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -119,8 +109,13 @@ def _model(name: str, model: nn.Module) -> dict[str, Any]:
             raise ConfigError(msg)
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return {
-        "name": name,
+        "name": one.name,
         "class": type(model).__name__,
+        "target_layers": getattr(targets, "__qualname__", "callable")
+        if callable(targets)
+        else targets and list(targets),
+        "inputs": one.hooks.inputs,
+        "attention_weights": one.hooks.attention_weights,
         "config": _config(model),
         "parameters": sum(dtypes.values()),
         "dtypes": dict(dtypes),

@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from actstore import dtypes
 from actstore.capture.passes import (
@@ -30,6 +28,7 @@ from actstore.capture.passes import (
     UNKNOWN,
     Entries,
     RowChoice,
+    has_bytes,
     read_axes,
     read_inputs,
     read_rows,
@@ -37,7 +36,7 @@ from actstore.capture.passes import (
 from actstore.capture.select import Stack, Target
 from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
-from actstore.packet import Axis, LayerInfo, PassInfo
+from actstore.packet import MAIN_AXES, Axis, LayerInfo, PassInfo, axis_of_site, is_weights
 from actstore.stream.records import Features
 
 __all__ = ["Choice", "Hooks", "Sampling", "first_tensor"]
@@ -47,10 +46,6 @@ _CODES: dict[torch.dtype, int] = {
     for name, entry in dtypes.BY_NAME.items()
     if hasattr(torch, name)
 }
-
-
-#: The axes whose rows predict tokens.
-_MAIN_AXES = ("token", "decoder_token")
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -158,6 +153,8 @@ class Hooks:
         Firings during backward, which are ignored.
     last_pass : int
         The index of the last pass that began, or -1.
+    names : list of str
+        The layers that are hooked.
     """
 
     def __init__(  # noqa: PLR0913 - what a run begins with, given once by the session
@@ -200,7 +197,7 @@ class Hooks:
         for target in targets:
             self._layer(target.name, target)
         self._targets = targets
-        self._names = [target.name for target in targets]
+        self.names = [target.name for target in targets]
         self._waiting: set[str] = set()
         self._chosen: dict[str, tuple[Axis, Axis, NDArray[np.int64]]] = {}
         self._handles: list[Any] = []
@@ -248,26 +245,28 @@ class Hooks:
 
             def given(_module: nn.Module, args: Any, kwargs: Any) -> None:
                 self._fired(layer, args, first_tensor((args, kwargs)))
+                self._stop_if_done(module)
 
             return module.register_forward_pre_hook(given, with_kwargs=True)
         if target.tap == "weights":
 
             def weighed(_module: nn.Module, args: Any, output: Any) -> None:
                 self._fired(layer, args, _weights(output))
+                self._stop_if_done(module)
 
             return module.register_forward_hook(weighed)
         every = self._choice.all_outputs
-        own = {one.name for one in self._targets}
 
         def fired(_module: nn.Module, args: Any, output: Any) -> None:
-            self._fired(
-                layer, args, output if isinstance(output, Tensor) else first_tensor(output)
-            )
-            if every and not isinstance(output, Tensor):
-                for place, tensor in enumerate(tensors_of(output)):
-                    name = f"{target.name}#{place}"
-                    if place and name not in own:
-                        self._fired(self._layer(name, target, place), args, tensor)
+            if isinstance(output, Tensor):
+                self._fired(layer, args, output)
+            else:
+                self._fired(layer, args, first_tensor(output))
+                for place, tensor in enumerate(tensors_of(output) if every else ()):
+                    if place:
+                        another = self._layer(f"{target.name}#{place}", target, place)
+                        self._fired(another, args, tensor)
+            self._stop_if_done(module)
 
         return module.register_forward_hook(fired)
 
@@ -366,7 +365,7 @@ class Hooks:
         if axes and self._pass is not None:
             axes = self._choose(tuple(self._count(axis, arguments) for axis in axes))
             found = (*self._pass.axes, *axes)
-            main = sorted(found, key=lambda axis: axis.name in _MAIN_AXES)  # they come last
+            main = sorted(found, key=lambda axis: axis.name in MAIN_AXES)  # they come last
             self._pass = replace(self._pass, axes=tuple(main))
             self._stage.update_pass(self._pass, self._new_texts(self._pass))
 
@@ -397,7 +396,7 @@ class Hooks:
         self._chosen = {}
         axes = self._choose(tuple(self._count(axis, arguments) for axis in info.axes))
         info = replace(info, axes=axes)
-        self._waiting = set(self._names) if self._choice.stop else set()
+        self._waiting = set(self.names) if self._choice.stop else set()
         self._stage.begin_pass(info, self._new_texts(info))
         self.last_pass = info.index
         self._pass = info
@@ -424,10 +423,11 @@ class Hooks:
         if torch._C._current_graph_task_id() != -1:
             self.recomputed += 1  # checkpointing runs the forward again in backward
             return
+        self._waiting.discard(layer.info.name)
         if tensor is None:
             return
         code = _CODES.get(tensor.dtype)
-        if code is None or not _plain(tensor):
+        if code is None or not has_bytes(tensor):
             self._skip(layer, _kind(tensor))
             return
         if self._pass is None:
@@ -436,50 +436,59 @@ class Hooks:
         else:
             self._check_thread(layer.info.name)
         layer.fired += 1
-        kept: Tensor | None = tensor.detach()
-        if self._chosen:
-            kept = self._rows_of(layer, tensor.detach())
+        kept, axis = (
+            self._rows_of(layer, tensor.detach()) if self._chosen else (tensor.detach(), "")
+        )
         if kept is not None:
-            self._put(layer, kept, code, self._alias(tensor))
-        if self._waiting:
-            self._waiting.discard(layer.info.name)
-            if not self._waiting:
-                raise _Stop
+            self._put(layer, kept, code, self._alias(tensor, axis))
+
+    def _stop_if_done(self, module: nn.Module) -> None:
+        """End the forward that a module fired in, when every layer has fired."""
+        outermost = self._entries.outermost
+        inside = outermost is not None and outermost is not module
+        if self._choice.stop and not self._waiting and inside:
+            raise _Stop
 
     def _skip(self, layer: _Layer, why: str) -> None:
         layer.fired += 1
         self.skipped[f"{layer.info.name}: {why}"] += 1
 
-    def _rows_of(self, layer: _Layer, tensor: Tensor) -> Tensor | None:
-        """Take the rows that are kept of a tensor over a token axis; None where none are."""
+    def _rows_of(self, layer: _Layer, tensor: Tensor) -> tuple[Tensor | None, str]:
+        """Take the rows that are kept of a tensor over a token axis, and name the axis.
+
+        None where no row is kept; the whole tensor where it is over no axis, or there is doubt.
+        """
+        site = layer.info.site
         fits = {
             name: fit
             for name, (axis, _, _) in self._chosen.items()
-            if (fit := self._fit(axis, tensor.shape, layer.info.site)) is not None
+            if (fit := self._fit(axis, tensor.shape, site)) is not None
         }
-        side = f"{layer.info.site.partition('_')[0]}_token"
-        name = side if side in fits else next(iter(fits), None)
+        name = axis_of_site(site, fits) if len(fits) > 1 else next(iter(fits), None)
         if name is None:
-            return tensor
+            return tensor, ""
         axis, _, places = self._chosen[name]
         if not places.size:
-            return None
+            return None, name
         last = fits[name]
-        wanted = torch.from_numpy(places - (axis.sequence - last)).to(tensor.device)
         if int(places.min()) < axis.sequence - last:
             self._skip(
                 layer, f"of {axis.sequence} rows it gives the last {last}, others are asked"
             )
-            return None
+            return None, name
+        wanted = torch.from_numpy(places - (axis.sequence - last)).to(tensor.device)
         items = torch.arange(axis.batch, device=tensor.device).unsqueeze(1)
         if tensor.shape[:2] == (axis.batch, last):
-            return tensor[items, wanted]
-        return tensor[(items * axis.sequence + wanted).reshape(-1)]
+            return tensor[items, wanted], name
+        picked = tensor[items * axis.sequence + wanted]
+        return (picked.flatten(0, 1) if axis.flat else picked), name
 
     def _fit(self, axis: Axis, shape: tuple[int, ...], site: str) -> int | None:
         """Give how many rows of each item a shape over an axis holds, the last ones."""
         assert self._pass is not None  # noqa: S101 - the caller runs inside of one
         keep = self._pass.logits_to_keep
+        if is_weights(site, len(shape)):
+            return None
         if not axis.flat and shape[:2] == (axis.batch, axis.sequence):
             return axis.sequence
         if (axis.flat or axis.sequence > 1) and shape[:1] == (axis.rows,):
@@ -518,15 +527,16 @@ class Hooks:
         layer.calls += 1
         layer.kept += 1
 
-    def _alias(self, tensor: Tensor) -> int | None:
+    def _alias(self, tensor: Tensor, axis: str) -> int | None:
         """Give the seq of the packet of this pass that holds this very tensor, unchanged.
 
         It is known by being the same Python object, never by its address: the allocator uses
         addresses again. The entry of an object that is gone can't match, since its weak
-        reference is dead. Assigning ``.data`` changes no version: it shows in the rest.
+        reference is dead. Assigning ``.data`` changes no version: it shows in the rest. ``axis``
+        is the one whose rows were taken of it.
         """
         version = None if tensor.is_inference() else tensor._version
-        state = (version, tensor.dtype, tensor.shape, tensor.data_ptr())
+        state = (version, tensor.dtype, tensor.shape, tensor.data_ptr(), axis)
         known = self._seen.get(id(tensor))
         if known is not None:
             reference, then, seq = known
@@ -564,27 +574,20 @@ class Hooks:
             raise CaptureError(msg)
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor has bytes of its own that can be copied."""
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
-        return False
-    kind = type(tensor)
-    if kind is Tensor or kind is nn.Parameter:
-        return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return not (is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor))
-
-
 def _kind(tensor: Tensor) -> str:
     """Say what a tensor is that can't be kept."""
     kind = "" if type(tensor) in (Tensor, nn.Parameter) else f" ({type(tensor).__name__})"
     nested = "nested" if tensor.is_nested else f"layout {tensor.layout}"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        nested += " inside of a torch.func transform"
     return f"{tensor.dtype}{kind} in {nested} on {tensor.device.type}"
 
 
 def _weights(output: Any) -> Tensor | None:
     """Give the attention weights [batch, heads, queries, keys] behind an attention's output."""
     rest = output[1:] if isinstance(output, tuple | list) else ()
-    return next((one for one in rest if isinstance(one, Tensor) and one.ndim == 4), None)
+    found = [one for one in rest if isinstance(one, Tensor) and one.ndim == 4]
+    return found[-1] if found else None  # T5's position bias stands before them
 
 
 class _Stoppable:
@@ -604,10 +607,12 @@ class _Stoppable:
                     return None
                 raise
 
-        module.forward = stoppable
+        self._stoppable = module.forward = stoppable
 
     def remove(self) -> None:
-        """Give the module its own forward again."""
+        """Give the module its own forward again, if nobody has given it another since."""
+        if self._module.__dict__.get("forward") is not self._stoppable:
+            return
         if self._own:
             self._module.forward = self._before
         else:

@@ -18,12 +18,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from actstore.config import Rows
 from actstore.errors import ConfigError
 from actstore.packet import Axis, PassInfo
 
-__all__ = ["CACHES", "UNKNOWN", "Entries", "RowChoice", "read_axes", "read_inputs", "read_rows"]
+__all__ = [
+    "CACHES",
+    "UNKNOWN",
+    "Entries",
+    "RowChoice",
+    "has_bytes",
+    "read_axes",
+    "read_inputs",
+    "read_rows",
+]
 
 _IDS: Final = ("input_ids", "tokens", "token_ids", "idx", "input")
 _EMBEDS: Final = ("inputs_embeds",)
@@ -130,13 +142,14 @@ def _fed_axis(name: str, arguments: Mapping[str, Any], *, guess: bool = True) ->
     With ``guess``, integers that come first are ids, if they are not named as something else:
     a model of the user's own may call them anything.
     """
-    ids = _first(arguments, _IDS)
-    ids = ids if ids is not None and _is_ids(ids) else None
+    ids = bare = _first(arguments, _IDS)
+    bare = bare if bare is not None and _is_ids(bare) else None  # ids that can't be read
+    ids = ids if ids is not None and _is_ids(ids) and has_bytes(ids) else None
     embeds = _first(arguments, _EMBEDS)
     if ids is None and embeds is None and guess:
         given = {key: one for key, one in arguments.items() if not _NO_IDS.search(key)}
         first = next((one for one in given.values() if isinstance(one, Tensor)), None)
-        ids = first if first is not None and _is_ids(first) else None
+        ids = first if first is not None and _is_ids(first) and has_bytes(first) else None
     if ids is not None:
         shape = (ids.shape[0], ids.shape[1]) if ids.ndim == _TOKEN_NDIM else (1, ids.shape[0])
         fed, flat = _integers(ids).reshape(shape), ids.ndim == 1
@@ -144,10 +157,30 @@ def _fed_axis(name: str, arguments: Mapping[str, Any], *, guess: bool = True) ->
         flat = embeds.ndim == _TOKEN_NDIM
         shape = (embeds.shape[0], 1 if flat else embeds.shape[1])
         fed = np.full(shape, -1, np.int64)
+    elif bare is not None:
+        flat = bare.ndim == 1
+        shape = (1, bare.shape[0]) if flat else (bare.shape[0], bare.shape[1])
+        fed = np.full(shape, -1, np.int64)
     else:
         return None
     positions, mask = _positions(arguments, shape), _mask(arguments, shape)
     return Axis(name, *shape, fed, positions, mask, flat)
+
+
+def has_bytes(tensor: Tensor) -> bool:
+    """Whether a tensor is strided and has memory: its elements can be read as they are."""
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or is_lazy(tensor):
+        return False
+    kind = type(tensor)
+    odd = kind is not Tensor and kind is not nn.Parameter
+    if odd and (is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor)):
+        return False
+    try:
+        return tensor.data_ptr() != 0 or not tensor.numel()
+    except RuntimeError:  # a subclass without storage
+        return False
 
 
 def _is_ids(value: Tensor) -> bool:
@@ -171,7 +204,7 @@ def _positions(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[
     """Give each row's position: as given, else the cached length before the forward + index."""
     for name in ("position_ids", "cache_position"):
         given = arguments.get(name)
-        if isinstance(given, Tensor) and given.ndim <= _TOKEN_NDIM:
+        if isinstance(given, Tensor) and given.ndim <= _TOKEN_NDIM and has_bytes(given):
             found = _integers(given)
             if found.shape[-1:] == shape[1:] and found.size in (shape[1], shape[0] * shape[1]):
                 return np.broadcast_to(found, shape).copy()
@@ -199,7 +232,7 @@ def _cached_length(arguments: Mapping[str, Any]) -> int | None:
 
 def _mask(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.bool_]:
     given = arguments.get("attention_mask")
-    if isinstance(given, Tensor) and given.ndim == _TOKEN_NDIM:
+    if isinstance(given, Tensor) and given.ndim == _TOKEN_NDIM and has_bytes(given):
         last = given[:, max(given.shape[1] - shape[1], 0) :]
         if tuple(last.shape) == shape:
             return np.ascontiguousarray((last != 0).cpu().numpy())
@@ -245,7 +278,9 @@ class RowChoice:
         ConfigError
             A callable gave something else than bool [batch, sequence].
         """
-        wanted = self._wanted(axis)
+        wanted = (
+            self._wanted(axis) if axis.rows else np.zeros((axis.batch, axis.sequence), np.bool_)
+        )
         most = int(wanted.sum(axis=1).max(initial=0))
         places = np.sort(np.argsort(~wanted, axis=1, kind="stable")[:, :most], axis=1)
 
@@ -371,7 +406,10 @@ class Entries:
         """
         names = self._parameters.get(module)
         if names is None:
-            names = tuple(inspect.signature(module.forward).parameters)
+            try:
+                names = tuple(inspect.signature(module.forward).parameters)
+            except ValueError:  # a traced module's says nothing
+                names = ()
             self._parameters[module] = names
         unnamed = (f"*{place}" for place in range(len(names), len(args)))
         given = {**dict(zip((*names, *unnamed), args, strict=False)), **kwargs}

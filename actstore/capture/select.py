@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from torch import nn
+from torch.jit._script import RecursiveScriptModule
 
 from actstore import hook_names
 from actstore.config import HookConfig, HookGranularity
@@ -38,6 +39,7 @@ _MLP_CLASS: Final = re.compile(
 )
 _MLP_NAME: Final = re.compile(r"(^|_)(mlp|ffn?|feed_?forward|moe)$", re.IGNORECASE)
 _NORM_CLASS: Final = re.compile(r"norm", re.IGNORECASE)
+_LINEAR_NDIM: Final = 2
 _FUSED_NDIM: Final = 3  # experts × outputs × inputs
 _SIDES: Final = re.compile(r"(encoder|decoder)", re.IGNORECASE)
 _TOWER: Final = re.compile(r"(vision|visual|image|audio|speech)", re.IGNORECASE)
@@ -337,19 +339,31 @@ def _is_part(key: str, module: nn.Module, kind: re.Pattern[str], name: re.Patter
     said = type(module).__name__
     if _NO_PART.search(said) or isinstance(module, nn.ModuleList | nn.ModuleDict):
         return False
-    return bool(kind.search(said) or (name.search(key) and list(module.parameters())))
+    if kind.search(said):
+        return True
+    return bool(name.search(key) and list(module.parameters()) and not _is_half(module))
+
+
+def _is_half(module: nn.Module) -> bool:
+    """Whether a module is a bare linear that changes the width: half an MLP (as in ALBERT)."""
+    shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+    return not list(module.children()) and len(shape) == _LINEAR_NDIM and len(set(shape)) > 1
 
 
 def _last_linear(block: nn.Module, inside: set[nn.Module]) -> dict[nn.Module, str]:
     """Give the linear that ends a block without an MLP module (OPT's fc2, BERT's output.dense)."""
     linears = {
         module: name
-        for name, module in block.named_modules()
-        if module not in inside
-        and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-        and not isinstance(module, nn.Embedding)
+        for module, name in _outermost(block, _is_linear, skip=inside).items()
+        if not isinstance(module, nn.Embedding)
     }
     return dict([linears.popitem()]) if linears else {}
+
+
+def _is_linear(_key: str, module: nn.Module) -> bool:
+    """Whether a module is linear, by its class's name (quantized, LoRA's) or by its weight."""
+    plain = getattr(getattr(module, "weight", None), "ndim", 0) == _LINEAR_NDIM
+    return plain or "linear" in type(module).__name__.lower()
 
 
 # -- sites --------------------------------------------------------------------------------------
@@ -425,7 +439,7 @@ def _tapped(
         replace(one, name=f"{one.name}@in", site=f"{one.site}@in", tap="in") for one in outputs
     ]
     weights = [
-        replace(one, name=f"{one.name}#1", site=f"{one.site}_weights", tap="weights")
+        replace(one, name=f"{one.name}#weights", site=f"{one.site}_weights", tap="weights")
         for one in outputs
         if one.site.endswith("attn")
     ]
@@ -434,7 +448,11 @@ def _tapped(
     if hooks.inputs:
         targets += [one for one in inputs if one.name[:-3] in chosen and one.name not in chosen]
     if hooks.attention_weights:
-        wanted = [one for one in weights if one.name[:-2] in chosen and one.name not in chosen]
+        wanted = [
+            one
+            for one in weights
+            if one.name.removesuffix("#weights") in chosen and one.name not in chosen
+        ]
         if not wanted:
             msg = (
                 f"attention_weights: none of the hooked modules of {type(model).__name__} is an "
@@ -445,6 +463,13 @@ def _tapped(
     for one in targets:
         if one.tap == "weights":
             _check_weights(model, one)
+    scripted = [one.name for one in targets if type(one.module) is RecursiveScriptModule]
+    if scripted:
+        msg = (
+            f"scripted modules take no hooks: {', '.join(map(repr, scripted[:8]))}; capture the "
+            "model that they were scripted from, or leave them out of target_layers"
+        )
+        raise ConfigError(msg)
     return targets
 
 
@@ -454,8 +479,8 @@ def _check_weights(model: nn.Module, target: Target) -> None:
     kind = getattr(config, "_attn_implementation", None)
     if kind not in (None, "eager"):
         msg = (
-            f"{target.name[:-2]!r} runs {kind!r} attention, which never computes the weights; "
-            "load the model with attn_implementation='eager', or call "
+            f"{target.name.removesuffix('#weights')!r} runs {kind!r} attention, which never "
+            "computes the weights; load the model with attn_implementation='eager', or call "
             "model.set_attn_implementation('eager')"
         )
         raise ConfigError(msg)
@@ -521,7 +546,7 @@ def _predicate(wanted: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
 
 def _runs(module: nn.Module) -> bool:
     """Whether a module can be called at all: a list of modules can't."""
-    return type(module).forward is not nn.Module.forward
+    return inspect.getattr_static(type(module), "forward") is not nn.Module.forward
 
 
 def _ask(getter: Callable[[], Any] | None) -> Any:

@@ -89,7 +89,9 @@ class Instrumented:
     def compiled(self) -> bool:
         """Whether any part of it was compiled."""
         return any(
-            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+            hasattr(module, "_orig_mod")
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
             for module in self.given.modules()
         )
 
@@ -373,7 +375,7 @@ class Capture:
 
     def _warn(self) -> None:
         summary, told = self.summary, []
-        if not summary["packets"]:
+        if len(summary["never_fired"]) == len(self.hooks.names):
             if not self.hooks.first_pass:  # a resumed run may have been at its end
                 told.append("no layer fired: the log is empty; call the model inside the with")
         elif summary["never_fired"]:
@@ -532,7 +534,7 @@ def _targets(models: Sequence[Instrumented], granularity: HookGranularity) -> li
         for target in select(one.model, granularity, one.hooks):
             name, site = target.name, target.site
             if several:
-                name, site = f"{one.name}.{name}".rstrip("."), f"{one.name}.{site}"
+                name, site = _joined(one.name, name), f"{one.name}.{site}"
             targets.append(replace(target, name=name, site=site))
     return targets
 
@@ -540,10 +542,15 @@ def _targets(models: Sequence[Instrumented], granularity: HookGranularity) -> li
 def _entries(models: Sequence[Instrumented]) -> dict[nn.Module, tuple[str, str]]:
     several = len(models) > 1
     return {
-        module: (f"{one.name}.{name}".rstrip(".") if several else name, axis)
+        module: (_joined(one.name, name) if several else name, axis)
         for one in models
         for module, (name, axis) in entry_modules(one.model).items()
     }
+
+
+def _joined(model: str, name: str) -> str:
+    """Give a layer's name among several models; that of the model itself is the model's."""
+    return f"{model}{name}" if name[:1] in ("", "@", "#") else f"{model}.{name}"
 
 
 def _stacks(models: Sequence[Instrumented]) -> list[Stack]:

@@ -110,6 +110,10 @@ class StreamReader:
             self._file.close()
             raise
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open the log again, in whatever process a copy of this is made."""
+        return type(self), (self.path.absolute(), "skip" if self._skip else "raise")
+
     def __enter__(self) -> Self:
         return self
 

@@ -166,13 +166,15 @@ def capturing(
 
 
 def hooks_of(model: nn.Module) -> list[str]:
-    """Give the names of modules that have any hooks."""
+    """Give the names of modules that have any hooks, but for those that transformers leaves.
+
+    It records hidden states by hooks of its own, and never takes them away.
+    """
     return [
         name
         for name, module in model.named_modules()
-        if module._forward_hooks
-        or module._forward_pre_hooks
-        or module._forward_hooks_always_called
-        or module._forward_hooks_with_kwargs
-        or module._forward_pre_hooks_with_kwargs
+        if any(
+            not str(getattr(hook, "__module__", "")).startswith("transformers.")
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        )
     ]
