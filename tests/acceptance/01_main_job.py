@@ -20,12 +20,13 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests/capture")]
 
 import numpy as np
+import oracle
+import tiny_models
 import torch
 import xarray as xr
-from capture import oracle, tiny_models
 from report import run
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -93,8 +94,9 @@ def one_packet_per_part() -> str:
     counted = 0
     for family in FAMILIES:
         model = tiny_models.build(family)
-        *_, attention, mlp = tiny_models.ARCHITECTURES[family]
-        for granularity, names in ((G.ATTENTION_ONLY, attention), (G.MLP_ONLY, mlp)):
+        sites = tiny_models.ARCHITECTURES[family]
+        for granularity, site in ((G.ATTENTION_ONLY, "attn"), (G.MLP_ONLY, "mlp")):
+            names = sites[site]
             expected = [names.format(block) for block in range(2)]
             with scratch() as folder, torch.no_grad(), oracle.Oracle(model, expected) as wanted:
                 log = Path(folder, "gen.stream")

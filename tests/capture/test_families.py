@@ -32,7 +32,6 @@ def test_every_module_of_a_family_equals_the_oracle_and_its_rows_align(
     with torch.no_grad():
         with Oracle(model) as oracle:
             wanted = model(**given)
-        before = hooks_of(model)  # transformers leaves hooks of its own in a vision tower
         with capturing(model, log):
             found = model(**given)
     assert torch.equal(wanted[0], found[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pytest
 import torch
-import transformers
 from oracle import FULL, Oracle, as_fired, bytes_of, capturing, framework, quiet, read, tensors_of
 from tiny_models import ARCHITECTURES, Apply, Each, Output, Pair, build, sequential, token_ids
 from torch import Tensor, nn
@@ -986,18 +984,14 @@ def test_a_layer_that_was_skipped_has_fired_too(log: Path) -> None:
 # -- attention weights --------------------------------------------------------------------------
 
 
-@cache
 def _eager(name: str) -> nn.Module:
     """Give a model that computes its attention weights."""
-    model_class, config_class, settings, *_ = ARCHITECTURES[name]
-    torch.manual_seed(7)
-    config = getattr(transformers, config_class)(**settings, attn_implementation="eager")
-    return getattr(transformers, model_class)(config).eval()
+    return build(name, attn_implementation="eager")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "bloom", "gpt_neox", "phi"])
 def test_attention_weights_are_those_that_the_model_gives(architecture: str, log: Path) -> None:
-    model, attention = _eager(architecture), ARCHITECTURES[architecture][3]
+    model, attention = _eager(architecture), ARCHITECTURES[architecture]["attn"]
     hooks = HookConfig(attention_weights=True)
     with torch.no_grad():
         with capturing(model, log, ATTENTION, hooks=hooks):

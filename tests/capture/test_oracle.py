@@ -88,8 +88,8 @@ def _check(
     return assert_equals(log, oracle.fired)
 
 
-def _names(architecture: str, pattern: int) -> list[str]:
-    return [ARCHITECTURES[architecture][pattern].format(block) for block in (0, 1)]
+def _names(architecture: str, site: str) -> list[str]:
+    return [ARCHITECTURES[architecture][site].format(block) for block in (0, 1)]
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
@@ -110,11 +110,11 @@ def test_packets_equal_the_oracle_in_every_dtype_and_codec(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("granularity", "pattern"), [(ATTENTION, 3), (MLP, 4)])
+@pytest.mark.parametrize(("granularity", "site"), [(ATTENTION, "attn"), (MLP, "mlp")])
 def test_one_part_of_a_block_equals_the_oracle_in_every_dtype(
-    dtype: torch.dtype, granularity: HookGranularity, pattern: int, log: Path
+    dtype: torch.dtype, granularity: HookGranularity, site: str, log: Path
 ) -> None:
-    names = _names("llama", pattern)
+    names = _names("llama", site)
     _check(
         build("llama", dtype),
         log,
@@ -126,11 +126,11 @@ def test_one_part_of_a_block_equals_the_oracle_in_every_dtype(
 
 
 @pytest.mark.parametrize("architecture", [*DECODERS, "bert"])
-@pytest.mark.parametrize(("granularity", "pattern"), [(ATTENTION, 3), (MLP, 4)])
+@pytest.mark.parametrize(("granularity", "site"), [(ATTENTION, "attn"), (MLP, "mlp")])
 def test_a_block_gives_one_attention_and_one_mlp_packet_a_pass(
-    architecture: str, granularity: HookGranularity, pattern: int, log: Path
+    architecture: str, granularity: HookGranularity, site: str, log: Path
 ) -> None:
-    names = _names(architecture, pattern)
+    names = _names(architecture, site)
     run = _no_grad if architecture == "bert" else _generate(use_cache=True)
     packets = _check(build(architecture), log, run, names, granularity=granularity)
     passes = 1 if architecture == "bert" else 3
@@ -268,7 +268,11 @@ def test_sampled_generation_is_the_same_with_and_without_capture(log: Path) -> N
         return model.generate(token_ids(), max_new_tokens=4, do_sample=True, pad_token_id=0)
 
     _check(
-        build("llama"), log, run, granularity=HookGranularity.MLP_ONLY, names=_names("llama", 4)
+        build("llama"),
+        log,
+        run,
+        granularity=HookGranularity.MLP_ONLY,
+        names=_names("llama", "mlp"),
     )
 
 
