@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         analyze_activations_with_tokens as analyze_activations_with_tokens,
     )
     from actstore.stream.reader import open_stream as open_stream
+    from actstore.stream.recover import recover as recover
     from actstore.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOMES = {
     "estimate": "actstore.capture.preview",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
+    "recover": "actstore.stream.recover",
     "verify": "actstore.verification",
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "estimate",
     "open_dataset",
     "open_stream",
+    "recover",
     "verify",
 ]
 

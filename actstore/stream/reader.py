@@ -60,7 +60,7 @@ def open_stream(path: str | Path, errors: str = "raise") -> StreamReader:
     UnsupportedVersionError
         It is a log of another version of the format.
     StreamCorruptError
-        Its HEADER is damaged.
+        Its HEADER is damaged; with ``"skip"``, only where nothing intact follows.
     """
     return StreamReader(path, errors)
 
@@ -105,7 +105,7 @@ class StreamReader:
         self._skip = errors == "skip"
         self._file = LogFile(self.path)
         try:
-            self._load(scan(self._file))
+            self._load(scan(self._file, lenient=self._skip))
         except BaseException:
             self._file.close()
             raise
@@ -298,6 +298,16 @@ class StreamReader:
     def _place(self, row: int) -> int:
         """Give the offset of the BLOCK of a row."""
         return self.table.blocks[int(self.table.block[row])].entry.offset
+
+    def payload(self, entry: Entry) -> bytes:
+        """Read the payload of a record.
+
+        Raises
+        ------
+        FormatError
+            It is damaged.
+        """
+        return self._file.payload(entry)
 
     def block(self, index: int) -> NDArray[np.uint8]:
         """Give the decoded bytes of a block of the table, read-only; kept for a while.

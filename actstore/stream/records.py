@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, ClassVar, Final, Self
 
@@ -428,6 +428,19 @@ class Run:
     shape: int
     part: int = 0
     parts: int = 1
+
+    def at(self, number: int) -> Run:
+        """Give one packet of the run, as a run of its own."""
+        return replace(
+            self,
+            seq=self.seq + number * self.seq_step,
+            pass_index=self.pass_index + number * self.pass_step,
+            call=self.call + number * self.call_step,
+            count=1,
+            seq_step=0,
+            pass_step=0,
+            call_step=0,
+        )
 
 
 @dataclass(frozen=True, slots=True)

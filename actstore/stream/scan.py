@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from actstore import codecs
 from actstore.errors import (
     FormatError,
     MissingFileError,
@@ -25,6 +26,7 @@ __all__ = ["Damage", "Group", "LogFile", "Scan", "scan", "walk"]
 
 _SIGHT: Final = 4096  # bytes read at a record's place: its frame and, mostly, its header
 _STRIDE: Final = 1 << 20
+_SYNC_SIZE: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +173,10 @@ class LogFile:
         return StreamCorruptError(msg, path=str(self.path), offset=offset)
 
 
-def scan(file: LogFile) -> Scan:
+def scan(file: LogFile, *, lenient: bool = False) -> Scan:
     """Find what a log holds: by its INDEX where it was closed, else by walking its frames.
+
+    With ``lenient``, a damaged HEADER costs what it says, and no more.
 
     Raises
     ------
@@ -181,9 +185,19 @@ def scan(file: LogFile) -> Scan:
     UnsupportedVersionError
         It is one of another version.
     StreamCorruptError
-        Its HEADER is damaged.
+        Its HEADER is damaged, and not ``lenient`` or nothing intact follows.
     """
     _check_magic(file)
+    try:
+        return _from_header(file)
+    except StreamCorruptError:
+        found = _without_header(file, "the HEADER is damaged") if lenient else None
+        if found is None:
+            raise
+        return found
+
+
+def _from_header(file: LogFile) -> Scan:
     try:
         first, sync = file.entry(len(MAGIC), None)
         if first.opcode != Opcode.HEADER:
@@ -196,6 +210,22 @@ def scan(file: LogFile) -> Scan:
     if not _by_index(file, found):
         _by_walking(file, found, first.end)
     return found
+
+
+def _without_header(file: LogFile, reason: str) -> Scan | None:
+    """Find what follows a damaged HEADER, with the sync marker of its frame or of the END."""
+    for place in (len(MAGIC), file.size - records.TAIL_SIZE):
+        if not len(MAGIC) <= place <= file.size - _SYNC_SIZE:
+            continue
+        sync = file.read(place, _SYNC_SIZE)
+        following = _resynchronise(file, sync, len(MAGIC) + 1)
+        if following is not None and following.offset < file.size - records.TAIL_SIZE:
+            known = {str(number): entry for number, entry in codecs.CODECS.items()}
+            found = Scan({"codecs": known}, sync)
+            found.damage.append(Damage(len(MAGIC), following.offset - len(MAGIC), reason))
+            _by_walking(file, found, following.offset)
+            return found
+    return None
 
 
 def _check_magic(file: LogFile) -> None:

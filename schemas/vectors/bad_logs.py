@@ -106,7 +106,17 @@ def cut_in_header() -> Bad:
 def flipped_header() -> Bad:
     data = empty_closed().data
     data[8 + 40 + 3] ^= 0x10
-    return Bad(bytes(data), 8)
+    return Bad(bytes(data), 8, [], [])
+
+
+@bad("A flipped bit in the HEADER's JSON, before packets.")
+def flipped_header_before_packets() -> Bad:
+    log = begun()
+    log.tensor(0, 1.0)
+    log.commit(1, 1)
+    data = log.data
+    data[8 + 40 + 3] ^= 0x10
+    return Bad(bytes(data), 8, [], [0])
 
 
 @bad("The HEADER is an array.")
