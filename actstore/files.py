@@ -17,6 +17,7 @@ __all__ = [
     "free_name",
     "fsync_file",
     "fsync_folder",
+    "is_locked",
     "lock",
     "replace",
     "write_new",
@@ -97,6 +98,18 @@ def lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise LockedError(errno.EWOULDBLOCK, "another writer holds it", str(path)) from None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another open file description holds a file's lock."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        lock(descriptor, path)
+    except LockedError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _numbered(path: Path) -> Iterator[Path]:

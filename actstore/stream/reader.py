@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore import codecs, dtypes, hook_names
+from actstore import codecs, dtypes, files, hook_names
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
 from actstore.packet import LayerInfo, Packet, PassInfo, TokenRecord
 from actstore.stream import table
@@ -32,10 +33,12 @@ __all__ = ["StreamReader", "open_stream"]
 #: Decoded bytes that a reader keeps: a group and the one being read.
 CACHE_BYTES: Final = 128 << 20
 _CODEC_DIGITS: Final = 3  # a codec's id is one byte
+_POLL_SECONDS: Final = 0.1
+_IDLE_SECONDS: Final = 1.0  # without growth, before the writer's lock is asked for
 _BARE: Final = (Opcode.LAYER, Opcode.TOKEN, Opcode.TEXT)
 
 
-def open_stream(path: str | Path, errors: str = "raise") -> StreamReader:
+def open_stream(path: str | Path, errors: str = "raise", *, follow: bool = False) -> StreamReader:
     """Open a ``.stream`` log, whole or torn, closed or still growing.
 
     Parameters
@@ -45,6 +48,9 @@ def open_stream(path: str | Path, errors: str = "raise") -> StreamReader:
     errors : {"raise", "skip"}
         What damage does: ``"raise"`` reads everything intact before it, then raises
         `StreamCorruptError`; ``"skip"`` goes on behind it and lists it in ``.damage``.
+    follow : bool
+        Let ``packets()`` wait for what a running capture commits, until its log is closed or its
+        writer is gone. Layers, passes and tokens are then those known so far.
 
     Returns
     -------
@@ -62,7 +68,7 @@ def open_stream(path: str | Path, errors: str = "raise") -> StreamReader:
     StreamCorruptError
         Its HEADER is damaged; with ``"skip"``, only where nothing intact follows.
     """
-    return StreamReader(path, errors)
+    return StreamReader(path, errors, follow=follow)
 
 
 class StreamReader:
@@ -73,6 +79,8 @@ class StreamReader:
     path : str or Path
         The log.
     errors : {"raise", "skip"}
+        As for `open_stream`.
+    follow : bool
         As for `open_stream`.
 
     Attributes
@@ -97,12 +105,13 @@ class StreamReader:
         The run's own summary; empty where the log was not closed.
     """
 
-    def __init__(self, path: str | Path, errors: str = "raise") -> None:
+    def __init__(self, path: str | Path, errors: str = "raise", *, follow: bool = False) -> None:
         if errors not in ("raise", "skip"):
             msg = f"errors must be 'raise' or 'skip'; got {errors!r}"
             raise ConfigError(msg)
         self.path = Path(path)
         self._skip = errors == "skip"
+        self._follow = follow
         self._file = LogFile(self.path)
         try:
             self._load(scan(self._file, lenient=self._skip))
@@ -186,8 +195,22 @@ class StreamReader:
         StreamCorruptError
             The log is damaged, after everything intact before the damage.
         """
-        rows = np.flatnonzero(self.table.whole())
+        last = -1
+        for packet in self._packets(layer, last):
+            last = packet.seq
+            yield packet
+        while self._follow and self._wait():
+            for packet in self._packets(layer, last):
+                last = packet.seq
+                yield packet
+        self.check()
+
+    def _packets(self, layer: str | None, after: int) -> Iterator[Packet]:
+        """Yield what is there behind a sequence number."""
+        rows = np.flatnonzero(self.table.whole() & (self.table.seq > after))
         if layer is not None:
+            if self._follow and layer not in self.layers:
+                return
             rows = rows[self.table.layer[rows] == self.layer(layer).id]
         names = {info.id: name for name, info in self.layers.items()}
         for row in rows.tolist():
@@ -205,7 +228,21 @@ class StreamReader:
                 int(self.table.seq[row]),
                 int(self.table.call[row]),
             )
-        self.check()
+
+    def _wait(self) -> bool:
+        """Wait until more is committed; False when nothing will be."""
+        idle = 0.0
+        while not self._scan.complete:
+            ended = idle >= _IDLE_SECONDS and not files.is_locked(self.path)
+            if self._file.grow():
+                self._load(scan(self._file, lenient=self._skip))
+                self.__dict__.pop("passes", None)
+                return True
+            if ended:
+                return False
+            time.sleep(_POLL_SECONDS)
+            idle += _POLL_SECONDS
+        return False
 
     def layer(self, name: str) -> LayerInfo:
         """Give a layer by its name, or by TransformerLens' (``"blocks.3.hook_resid_post"``).

@@ -255,14 +255,9 @@ def _beside(path: Path) -> Path:
 
 def _check_unwritten(path: Path) -> None:
     """Refuse a log that another process or thread is writing."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        files.lock(descriptor, path)
-    except files.LockedError as error:
+    if files.is_locked(path):
         msg = f"{path} is being written; recover it when its capture has ended"
-        raise ConfigError(msg) from error
-    finally:
-        os.close(descriptor)
+        raise ConfigError(msg)
 
 
 def _check_copy(reader: StreamReader, kept: _Intact, copy: Path) -> None:

@@ -105,6 +105,11 @@ class LogFile:
         if os is not None:  # at the interpreter's exit, modules may be gone
             self.close()
 
+    def grow(self) -> bool:
+        """Take in what was appended since; tell whether anything was."""
+        before, self.size = self.size, os.fstat(self._descriptor).st_size
+        return self.size > before
+
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
