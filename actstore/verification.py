@@ -6,12 +6,13 @@ Reads all of the file or folder once, and holds no more than a block or a chunk 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from actstore.stream.recover import is_log
 from actstore.stream.scan import LogFile, Scan, walk
 
 __all__ = ["Damaged", "Report", "verify"]
+
+_AHEAD: Final = 8  # records whose payloads are read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +90,20 @@ class Report:
         return not self.damage
 
 
-def verify(path: str | os.PathLike[str]) -> Report:
+def verify(path: str | os.PathLike[str], *, decode: bool = False) -> Report:
     """Check every checksum of a log or an archive.
 
-    Of a log each record's frame, header and payload is read, without trusting its index, and
-    each block is decoded; of an archive the checksum of every chunk, and whether metadata, files
+    Of a log each record's frame, header and payload is read, without trusting its index; of an
+    archive the checksum of every chunk, and whether metadata, files
     and the rows that must be there agree.
 
     Parameters
     ----------
     path : path
         A ``.stream`` log or an archive's folder.
+    decode : bool
+        Also decode each block of a log: what a checksum can't tell is a writer that encoded wrong
+        bytes. Several times slower.
 
     Returns
     -------
@@ -126,7 +132,7 @@ def verify(path: str | os.PathLike[str]) -> Report:
     if not is_log(place):
         msg = f"{place} is neither a .stream log nor an archive, which is a Zarr folder"
         raise FormatError(msg)
-    return _verify_log(place)
+    return _verify_log(place, decode=decode)
 
 
 def _verify_archive(folder: Path) -> Report:
@@ -136,14 +142,14 @@ def _verify_archive(folder: Path) -> Report:
     return Report(folder, "archive", found, dict(check.checked), check.nbytes, complete=True)
 
 
-def _verify_log(path: Path) -> Report:
+def _verify_log(path: Path, *, decode: bool) -> Report:
     try:
         reader = StreamReader(path, errors="skip")
     except StreamCorruptError as error:
         lost = (Damaged("HEADER", error.offset, str(error)),)
         return Report(path, "log", lost, {}, path.stat().st_size, complete=False)
     with reader, closing(LogFile(path)) as file:
-        check = _LogCheck(reader, file)
+        check = _LogCheck(reader, file, decode)
         found: dict[int, Damaged] = {}
         for one in check.findings():
             found.setdefault(one.offset, one)
@@ -158,17 +164,24 @@ class _LogCheck:
 
     reader: StreamReader
     file: LogFile
+    decode: bool
     checked: Counter[str] = field(default_factory=Counter)
 
     def findings(self) -> Iterator[Damaged]:
         """Yield what is damaged; the same place perhaps more than once."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            yield from self._of_records(pool)
+        yield from self._packets()
+
+    def _of_records(self, pool: ThreadPoolExecutor) -> Iterator[Damaged]:
+        """Walk the records; their payloads are read by threads, a few at a time, in order."""
         walked = Scan({}, self.reader.scan.sync)
         group: list[Entry] = []
         waiting: list[Damaged] = []  # counts when a COMMIT follows: before, it is a torn tail
         index: Entry | None = None
-        for entry in walk(self.file, walked, len(MAGIC)):
+        for entry, found in _ahead(pool, self._record, walk(self.file, walked, len(MAGIC))):
             self.checked[_name(entry.opcode)] += 1
-            waiting += self._record(entry)
+            waiting += found
             match entry.opcode:
                 case Opcode.COMMIT:
                     gaps = bool(walked.damage)
@@ -185,19 +198,19 @@ class _LogCheck:
                     group.append(entry)
         yield from (Damaged("gap", one.offset, one.reason) for one in walked.damage)
         yield from self._end(index)
-        yield from self._packets()
 
-    def _record(self, entry: Entry) -> Iterator[Damaged]:
-        """Check a record's payload, and decode a block's."""
+    def _record(self, entry: Entry) -> list[Damaged]:
+        """Check a record's payload, and decode a block's where that is asked for."""
         try:
             payload = self.file.payload(entry)
-            if entry.opcode == Opcode.BLOCK:
+            if entry.opcode == Opcode.BLOCK and self.decode:
                 block = Block.decode(entry.header)
                 table: Mapping[str, Any] = self.reader.header["codecs"]
                 if str(block.codec) in table:  # else the reader says so
                     codecs.decode(table[str(block.codec)], payload, block.raw_length)
         except FormatError as error:
-            yield Damaged(_name(entry.opcode), entry.offset, str(error))
+            return [Damaged(_name(entry.opcode), entry.offset, str(error))]
+        return []
 
     def _directory(self, commit: Entry, group: list[Entry], *, gaps: bool) -> Iterator[Damaged]:
         """Compare a group's directory with its records; where there is a gap, with those left."""
@@ -250,6 +263,22 @@ class _LogCheck:
         except StreamCorruptError:
             return False
         return True
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    check: Callable[[Entry], list[Damaged]],
+    entries: Iterator[Entry],
+) -> Iterator[tuple[Entry, list[Damaged]]]:
+    """Yield each entry and what its check found, while those behind it are being checked."""
+    pending: deque[tuple[Entry, Future[list[Damaged]]]] = deque()
+    for entry in entries:
+        pending.append((entry, pool.submit(check, entry)))
+        if len(pending) >= _AHEAD:
+            first, found = pending.popleft()
+            yield first, found.result()
+    for first, found in pending:
+        yield first, found.result()
 
 
 def _name(opcode: int) -> str:
