@@ -312,6 +312,21 @@ def pass_status() -> Log:
     return log
 
 
+@good("A pass whose second axis became known in a later group: the later PASS is what counts.")
+def pass_again() -> Log:
+    log = Log()
+    log.commit(boundary=1)
+    decoder, encoder = Axis("decoder_token", 1, 1, [0], [7]), Axis("encoder_token", 1, 2, [0, 1])
+    log.pass_(0, [decoder], flags=0)
+    log.expected["passes"].clear()
+    log.commit(0, 1)
+    log.pass_(0, [encoder, decoder], flags=0, annotations={"label": [1]})
+    log.commit(0, 1)
+    log.pass_ends(0, CLOSED)
+    log.commit(0, 1)
+    return log
+
+
 @good("PADs between records, before a COMMIT and after one, of no bytes and of many.")
 def pad() -> Log:
     log = begun()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,13 @@ def test_going_on_behind_damage_gives_what_is_intact_and_lists_the_damage(path: 
         assert isinstance(reader.passes, tuple)
         assert [damage.offset for damage in reader.damage] == [wanted["offset"]]
         assert not reader.complete
+
+
+def test_the_worked_example_of_the_specification_is_a_vector() -> None:
+    text = (VECTORS.parent / "stream.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?){1,16})", text, re.MULTILINE)
+    shown = bytes.fromhex("".join(rows))
+    assert shown == (VECTORS / "good/empty-closed.stream").read_bytes()
 
 
 def test_the_vectors_are_what_make_writes(tmp_path: Path) -> None:
