@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 import weakref
 from collections import Counter
@@ -38,6 +39,16 @@ from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
 from actstore.packet import MAIN_AXES, Axis, LayerInfo, PassInfo, axis_of_site, is_weights
 from actstore.stream.records import Features
+
+_forks = 0  # of this process from the one that imported this
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
 
 __all__ = ["Choice", "Hooks", "Sampling", "first_tensor"]
 
@@ -180,6 +191,7 @@ class Hooks:
         self._entries = entries
         self._stacks = stacks
         self._seq = next_seq
+        self._forks = _forks
         self._choice = choice
         self._sampling = choice.sampling
         self._written_widths = set(known_widths or ())
@@ -236,7 +248,7 @@ class Hooks:
         traceback: TracebackType | None,
     ) -> None:
         self._remove()
-        if self._pass is not None:
+        if self._pass is not None and not self.forked:
             self._close_pass(aborted=self._entries.inside)
 
     def _attach(self, target: Target) -> Any:
@@ -310,10 +322,15 @@ class Hooks:
 
     # -- passes ---------------------------------------------------------------------------------
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a forked child, whose forwards are not captured."""
+        return self._forks != _forks
+
     def _enter_pass(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 or self._forks != _forks:
             return
         name, axis = self._entries.names[module]
         self._check_thread(name)
@@ -329,7 +346,8 @@ class Hooks:
             self._add_axes(read_axes(axis, arguments), arguments)
 
     def _leave_pass(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if torch._C._current_graph_task_id() != -1 or threading.get_ident() != self._thread:
+        elsewhere = threading.get_ident() != self._thread or self._forks != _forks
+        if torch._C._current_graph_task_id() != -1 or elsewhere:
             return  # a second thread was refused: its failing forward is not the pass that runs
         if self._entries.leave(module) and self._pass is not None:
             self._close_pass(aborted=self._entries.raised())
@@ -339,6 +357,7 @@ class Hooks:
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inside = self._pass is not None and torch._C._current_graph_task_id() == -1
+            inside = inside and self._forks == _forks
             if inside and threading.get_ident() == self._thread and not self._has_axis(axis):
                 given = {str(place): one for place, one in enumerate(args)} | kwargs
                 rows = read_rows(axis, given)
@@ -422,6 +441,8 @@ class Hooks:
     def _fired(self, layer: _Layer, args: Any, tensor: Tensor | None) -> None:
         if torch._C._current_graph_task_id() != -1:
             self.recomputed += 1  # checkpointing runs the forward again in backward
+            return
+        if self._forks != _forks:
             return
         self._waiting.discard(layer.info.name)
         if tensor is None:

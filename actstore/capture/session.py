@@ -302,6 +302,10 @@ class Capture:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self.hooks.forked:  # the log is the parent's; what this process has of it is let go
+            with self._open:
+                self.hooks.__exit__(kind, error, traceback)
+            return
         with self._open:
             try:
                 self.hooks.__exit__(kind, error, traceback)

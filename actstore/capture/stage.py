@@ -8,6 +8,7 @@ was staged beside it, encoded, written and used again. How groups are encoded an
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 from collections import deque
@@ -153,6 +154,7 @@ class Stage:
         self._next_step, self._boundary = point.next_step, point.step_boundary
         self._used_at = clock()
         self._busy_bytes = 0
+        self._process = os.getpid()
         self._failure: BaseException | None = None
         self._closed = False
 
@@ -270,6 +272,7 @@ class Stage:
 
     def add_token(self, record: TokenRecord) -> None:
         """Stage a recorded token, and seal the group if it is due."""
+        self._check_process()
         with self._changed:
             self._room(0).tokens.append(record)
             self._next_step, self._boundary = record.step + 1, True
@@ -333,6 +336,12 @@ class Stage:
     def failure(self) -> BaseException | None:
         """What made the pipeline fail, if it has."""
         return self._failure
+
+    def _check_process(self) -> None:
+        """Refuse a forked child, before the lock: who holds it may not exist here."""
+        if os.getpid() != self._process:
+            msg = "the capture belongs to the process that began it; this is a fork of that one"
+            raise CaptureError(msg)
 
     # -- under the lock -------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -150,7 +150,8 @@ class StreamWriter:
 
     def sync(self) -> None:
         """Return when all that was appended is on the disk."""
-        os.fdatasync(self._descriptor)
+        with self._naming():
+            os.fdatasync(self._descriptor)
         self._synced_at = self._clock()
         self._synced_offset = self.offset
 
@@ -172,11 +173,20 @@ class StreamWriter:
             with contextlib.suppress(OSError):  # all that matters was synced, or its error raised
                 os.close(descriptor)
 
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Let an error say which file it is about."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
     def _write(self, buffers: Sequence[Any]) -> None:
         pending = [memoryview(part).cast("B") for part in buffers if len(part)]
         first = 0
         while first < len(pending):
-            written = os.writev(self._descriptor, pending[first : first + _IOV_MAX])
+            with self._naming():
+                written = os.writev(self._descriptor, pending[first : first + _IOV_MAX])
             self.offset += written
             while first < len(pending) and written >= len(pending[first]):
                 written -= len(pending[first])
