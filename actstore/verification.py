@@ -28,7 +28,8 @@ from actstore.stream.scan import LogFile, Scan, walk
 
 __all__ = ["Damaged", "Report", "verify"]
 
-_AHEAD: Final = 8  # records whose payloads are read at a time
+_AHEAD: Final = 4  # batches of records whose payloads are read at a time
+_BATCH_BYTES: Final = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +203,10 @@ class _LogCheck:
     def _record(self, entry: Entry) -> list[Damaged]:
         """Check a record's payload, and decode a block's where that is asked for."""
         try:
-            payload = self.file.payload(entry)
-            if entry.opcode == Opcode.BLOCK and self.decode:
+            if entry.opcode != Opcode.BLOCK or not self.decode:
+                self.file.check(entry)
+            else:
+                payload = self.file.payload(entry)
                 block = Block.decode(entry.header)
                 table: Mapping[str, Any] = self.reader.header["codecs"]
                 if str(block.codec) in table:  # else the reader says so
@@ -271,14 +274,31 @@ def _ahead(
     entries: Iterator[Entry],
 ) -> Iterator[tuple[Entry, list[Damaged]]]:
     """Yield each entry and what its check found, while those behind it are being checked."""
-    pending: deque[tuple[Entry, Future[list[Damaged]]]] = deque()
-    for entry in entries:
-        pending.append((entry, pool.submit(check, entry)))
+
+    def check_all(mine: list[Entry]) -> list[tuple[Entry, list[Damaged]]]:
+        return [(entry, check(entry)) for entry in mine]
+
+    pending: deque[Future[list[tuple[Entry, list[Damaged]]]]] = deque()
+    for mine in _batches(entries):
+        pending.append(pool.submit(check_all, mine))
         if len(pending) >= _AHEAD:
-            first, found = pending.popleft()
-            yield first, found.result()
-    for first, found in pending:
-        yield first, found.result()
+            yield from pending.popleft().result()
+    for found in pending:
+        yield from found.result()
+
+
+def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
+    """Put entries together that are worth a thread's while."""
+    mine: list[Entry] = []
+    nbytes = 0
+    for entry in entries:
+        mine.append(entry)
+        nbytes += entry.payload_length
+        if nbytes >= _BATCH_BYTES:
+            yield mine
+            mine, nbytes = [], 0
+    if mine:
+        yield mine
 
 
 def _name(opcode: int) -> str:

@@ -6,8 +6,6 @@ Run by ``.venv/bin/python tests/acceptance/01_main_job.py``; about two minutes.
 from __future__ import annotations
 
 import os
-import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +20,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests/capture")]
 
+import kills
 import numpy as np
 import oracle
 import tiny_models
@@ -36,7 +35,6 @@ from actstore import HookGranularity as G
 FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen2", "gemma2", "phi", "mixtral")
 DTYPES = (torch.float32, torch.bfloat16)
 KILLS = 20
-STEPS = 24
 
 
 def shipped(dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -230,65 +228,7 @@ def _generation(folder: Path, cached: bool) -> int:
 
 def kills_lose_nothing() -> str:
     """Kill a tracked capture at random points; what a checkpoint named is there, resume equals."""
-    rng = random.Random(1)
-    with scratch() as folder:
-        whole = Path(folder, "whole.stream")
-        _child(whole).communicate()
-        wanted = _content(whole)
-        kept, checked = [], 0
-        for number in range(KILLS):
-            log = Path(folder, f"killed-{number}.stream")
-            said = _kill(log, after=rng.randrange(STEPS), delay=rng.random() * 0.004)
-            boundary = said // 4 * 4
-            if log.exists() and log.stat().st_size:
-                with actstore.open_stream(log) as reader:
-                    steps = len(reader.tokens)
-                    packets = [oracle.as_fired(one) for one in reader.packets()]
-                assert steps >= boundary, f"{steps} tokens read back, {boundary} were promised"
-                assert packets == wanted[0][: len(packets)]
-                checked += len(packets)
-                kept.append(steps)
-            _child(log).communicate()
-            assert _content(log) == wanted, f"resumed run {number} differs"
-    return (
-        f"{KILLS} kills at 0 to {STEPS} tokens; {checked} packets read back equal; "
-        f"tokens kept {min(kept)} to {max(kept)}; every resumed run equals the whole one"
-    )
-
-
-def _child(log: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(Path(__file__).with_name("resumable.py")), str(log), str(STEPS)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-
-
-def _kill(log: Path, after: int, delay: float) -> int:
-    """Kill a child some time after a token; give how many tokens it said were recorded."""
-    child = _child(log)
-    assert child.stdout is not None
-    said = 0
-    for line in child.stdout:
-        word, number = line.split()
-        said = int(number)
-        if said >= after:
-            time.sleep(delay)  # the random point itself, not a way to wait for something
-            child.send_signal(signal.SIGKILL)
-            break
-        assert word in ("begun", "token")
-    rest = child.stdout.read().split()
-    child.wait()
-    return int(rest[-1]) if rest else said
-
-
-def _content(log: Path) -> tuple[Any, ...]:
-    with actstore.open_stream(log) as reader:
-        assert reader.complete
-        packets = [oracle.as_fired(one) for one in reader.packets()]
-        calls = [(one.seq, one.pass_index, one.call) for one in reader.packets()]
-        tokens = [(one.step, one.token_id, one.token_text) for one in reader.tokens]
-        passes = [one.axes[0].token_ids.tolist() for one in reader.passes]
-    return packets, calls, tokens, passes
+    return kills.lose_nothing(KILLS)
 
 
 def bad_input() -> str:
