@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from actstore import files
 from actstore.archive import layout, store
 from actstore.compaction import element_reader, plan_log, row_reader
-from actstore.errors import ConfigError, FormatError, MissingFileError, UnsupportedVersionError
+from actstore.errors import FormatError, UnsupportedVersionError
 from actstore.stream.reader import StreamReader
 from actstore.stream.recover import is_log
 
@@ -83,14 +84,7 @@ def is_dataset(path: str | os.PathLike[str]) -> bool:
 
 def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
     """Open a log or an archive without dask; raises as `open_dataset` does."""
-    try:
-        place = Path(path)
-    except TypeError:
-        msg = f"open_dataset wants the path of a log or an archive; got {path!r}"
-        raise ConfigError(msg) from None
-    if not place.exists():
-        msg = f"nothing at {place}: give the path of a .stream log or of an archive"
-        raise MissingFileError(msg)
+    place = files.existing(path, "open_dataset")
     if place.is_dir():
         _check_archive(place)
         return store.open_xarray(place)

@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from actstore.errors import ConfigError, MissingFileError
+
 __all__ = [
     "LockedError",
     "atomic_write",
+    "existing",
     "free_name",
     "fsync_file",
     "fsync_folder",
@@ -98,6 +101,27 @@ def lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise LockedError(errno.EWOULDBLOCK, "another writer holds it", str(path)) from None
+
+
+def existing(path: str | os.PathLike[str], asked: str) -> Path:
+    """Give the path of a log or an archive that is there.
+
+    Raises
+    ------
+    ConfigError
+        It is no path.
+    MissingFileError
+        There is nothing.
+    """
+    try:
+        place = Path(path)
+    except TypeError:
+        msg = f"{asked} wants the path of a log or an archive; got {path!r}"
+        raise ConfigError(msg) from None
+    if not place.exists():
+        msg = f"nothing at {place}: give the path of a .stream log or of an archive"
+        raise MissingFileError(msg)
+    return place
 
 
 def is_locked(path: Path) -> bool:

@@ -16,10 +16,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from actstore import codecs, dtypes
+from actstore import codecs, dtypes, files
 from actstore.archive import store
 from actstore.archive.checks import ArchiveCheck
-from actstore.errors import ConfigError, FormatError, MissingFileError, StreamCorruptError
+from actstore.errors import FormatError, StreamCorruptError
 from actstore.stream import records
 from actstore.stream.reader import StreamReader
 from actstore.stream.records import MAGIC, Block, Commit, Entry, Opcode
@@ -120,14 +120,7 @@ def verify(path: str | os.PathLike[str], *, decode: bool = False) -> Report:
     UnsupportedVersionError
         It is one of a version that this actstore doesn't know.
     """
-    try:
-        place = Path(path)
-    except TypeError:
-        msg = f"verify wants the path of a log or an archive; got {path!r}"
-        raise ConfigError(msg) from None
-    if not place.exists():
-        msg = f"nothing at {place}: give the path of a .stream log or of an archive"
-        raise MissingFileError(msg)
+    place = files.existing(path, "verify")
     if place.is_dir():
         return _verify_archive(place)
     if not is_log(place):
