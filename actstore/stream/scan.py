@@ -127,7 +127,7 @@ class LogFile:
         FormatError
             The file ends before.
         """
-        if offset < 0 or offset + length > self.size:
+        if offset < 0 or length < 0 or offset + length > self.size:
             msg = f"{length} bytes are wanted at offset {offset}; the file has {self.size}"
             raise FormatError(msg)
         parts = []

@@ -6,6 +6,7 @@ What a group holds, and when it is due, is decided by ``actstore.capture``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,6 +131,8 @@ class StreamWriter:
         OSError
             The file system refuses; the log is readable up to the COMMIT before.
         """
+        with self._naming():
+            self._check_file()
         start = self.offset
         buffers: list[Any] = []
         entries = []
@@ -149,9 +152,16 @@ class StreamWriter:
             self.sync()
 
     def sync(self) -> None:
-        """Return when all that was appended is on the disk."""
+        """Return when all that was appended is on the disk, under the log's name.
+
+        Raises
+        ------
+        OSError
+            The disk refuses, or the file was removed or cut meanwhile.
+        """
         with self._naming():
             os.fdatasync(self._descriptor)
+            self._check_file()
         self._synced_at = self._clock()
         self._synced_offset = self.offset
 
@@ -172,6 +182,15 @@ class StreamWriter:
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # all that matters was synced, or its error raised
                 os.close(descriptor)
+
+    def _check_file(self) -> None:
+        """Raise where the file is not what was written, or has no name any more."""
+        found = os.fstat(self._descriptor)
+        if not found.st_nlink:
+            raise OSError(errno.ENOENT, "the log was removed while it was being written")
+        if found.st_size != self.offset:
+            reason = f"something else left {found.st_size} of the {self.offset} bytes of the log"
+            raise OSError(errno.EIO, reason)
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
