@@ -24,7 +24,18 @@ from actstore import codecs, dtypes, files, hook_names
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
 from actstore.packet import LayerInfo, Packet, PassInfo, TokenRecord
 from actstore.stream import table
-from actstore.stream.records import Block, Entry, Features, Layer, Opcode, Pass, Text, Token
+from actstore.stream.records import (
+    BLOCK_LIMIT,
+    PACKETS_LIMIT,
+    Block,
+    Entry,
+    Features,
+    Layer,
+    Opcode,
+    Pass,
+    Text,
+    Token,
+)
 from actstore.stream.scan import Damage, LogFile, Scan, scan
 from actstore.stream.table import BlockPlace, PacketTable
 
@@ -35,6 +46,7 @@ CACHE_BYTES: Final = 128 << 20
 _CODEC_DIGITS: Final = 3  # a codec's id is one byte
 _POLL_SECONDS: Final = 0.1
 _IDLE_SECONDS: Final = 1.0  # without growth, before the writer's lock is asked for
+_ENCODED: Final = BLOCK_LIMIT + (1 << 16)  # bytes that a block's encoded ones can't exceed
 _BARE: Final = (Opcode.LAYER, Opcode.TOKEN, Opcode.TEXT)
 
 
@@ -310,14 +322,26 @@ class StreamReader:
         StreamCorruptError
             An alias's target is lost.
         """
-        targets = packets.copy()
-        for place in np.flatnonzero(self.table.alias_of[packets] >= 0).tolist():
-            targets[place] = self._alias_target(int(packets[place]))
+        rows = self.table
+        wanted = rows.alias_of[packets]
+        targets = np.where(wanted < 0, packets, np.searchsorted(rows.seq, wanted))
+        targets = targets.clip(max=max(len(rows) - 1, 0))
+        same = (wanted < 0) | ((rows.seq[targets] == wanted) & (rows.alias_of[targets] < 0))
+        for column in (rows.dtype, rows.shape, rows.pass_index):
+            same &= column[packets] == column[targets]
+        for row in packets[~same].tolist():
+            self._alias_target(row)  # raises, and says why
         return targets
 
     def _bytes(self, row: int) -> NDArray[np.uint8]:
-        parts = [self.raw(row + part) for part in range(int(self.table.parts[row]))]
-        return np.concatenate(parts)
+        end = row + int(self.table.parts[row])
+        out = np.empty(int(self.table.nbytes[row:end].sum()), np.uint8)
+        at = 0
+        for part in range(row, end):
+            piece = self.raw(part)
+            out[at : at + piece.size] = piece
+            at += piece.size
+        return out
 
     def _alias_target(self, row: int) -> int:
         rows = self.table
@@ -385,6 +409,7 @@ class StreamReader:
         self.header: Mapping[str, Any] = MappingProxyType(dict(found.header))
         self.summary: Mapping[str, Any] = MappingProxyType(dict(found.summary))
         self.damage: list[Damage] = list(found.damage)
+        self._noted = {region.offset for region in found.damage}
         self._fault: StreamCorruptError | None = None
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
@@ -468,7 +493,8 @@ class StreamReader:
 
     def _note(self, error: StreamCorruptError, entry: Entry | None = None) -> None:
         length = entry.end - entry.offset if entry else 0
-        if all(known.offset != error.offset for known in self.damage):
+        if error.offset not in self._noted:
+            self._noted.add(error.offset)
             self.damage.append(Damage(error.offset, length, str(error)))
         self._fault = self._fault or error
 
@@ -484,6 +510,7 @@ class _Parts:
     texts: dict[int, str] = field(default_factory=dict)
     tokens: list[TokenRecord] = field(default_factory=list)
     blocks: list[BlockPlace] = field(default_factory=list)
+    packets: int = 0
 
     def add(self, entry: Entry, group: int, file: LogFile, codec_table: Mapping[int, Any]) -> None:
         """Take a record in; raises `FormatError` where it is malformed."""
@@ -513,6 +540,13 @@ class _Parts:
                     msg = (
                         f"BLOCK names layer {block.layer} and codec {block.codec}; "
                         "one is not declared"
+                    )
+                    raise FormatError(msg)
+                self.packets += sum(run.count for run in block.runs)
+                if self.packets > PACKETS_LIMIT + file.size or entry.payload_length > _ENCODED:
+                    msg = (
+                        f"BLOCK makes it {self.packets} packets in {file.size} bytes, and has "
+                        f"{entry.payload_length} encoded ones; that is beyond the limits"
                     )
                     raise FormatError(msg)
                 self.blocks.append(BlockPlace(entry, block, group))

@@ -497,8 +497,11 @@ class Block:
         layer, codec, dtype, reserved, width, raw, shape_count, run_count = cursor.unpack(
             cls._HEAD
         )
-        if reserved or raw > BLOCK_LIMIT or shape_count > PACKETS_LIMIT:
-            msg = f"BLOCK declares {raw} raw bytes and {shape_count} shapes (limit {BLOCK_LIMIT})"
+        if reserved or raw > BLOCK_LIMIT or max(shape_count, run_count) > PACKETS_LIMIT:
+            msg = (
+                f"BLOCK declares {raw} raw bytes, {shape_count} shapes and {run_count} runs "
+                f"(limits {BLOCK_LIMIT} and {PACKETS_LIMIT})"
+            )
             raise FormatError(msg)
         shapes = tuple(_decode_shape(cursor) for _ in range(shape_count))
         runs = tuple(_decode_run(cursor, cls._RUN, len(shapes)) for _ in range(run_count))

@@ -93,6 +93,7 @@ class LogFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = -1
+        self._vain = 0  # bytes of headers that were checked, and weren't intact
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -151,10 +152,17 @@ class LogFile:
         if offset + head.length > self.size:
             msg = f"a record of {head.length} bytes at offset {offset} exceeds the file"
             raise FormatError(msg)
+        if head.header_length > _SIGHT and self._vain > self.size + records.HEADER_LIMIT:
+            msg = f"{self._vain} bytes of headers weren't intact; no long ones are tried any more"
+            raise FormatError(msg)
         header = sight[Frame.SIZE : Frame.SIZE + head.header_length]
         if len(header) < head.header_length:
             header = self.read(offset + Frame.SIZE, head.header_length)
-        head.check(header)
+        try:
+            head.check(header)
+        except FormatError:
+            self._vain += len(header)
+            raise
         return Entry(offset, head.opcode, header, head.payload_length, head.payload_crc), head.sync
 
     def payload(self, entry: Entry) -> bytes:
@@ -289,7 +297,10 @@ def _by_index(file: LogFile, found: Scan) -> bool:
     """Fill a scan from the INDEX; give False, and leave it empty, where that can't be done."""
     try:
         index = _read_index(file, found.sync)
-        groups = [_read_group(file, found.sync, offset) for offset in index.commits]
+        groups: list[Group] = []
+        for offset in index.commits:
+            before = groups[-1].end if groups else 0
+            groups.append(_read_group(file, found.sync, offset, before))
     except FormatError:
         return False
     found.groups, found.summary, found.complete = groups, index.summary, True
@@ -309,16 +320,19 @@ def _read_index(file: LogFile, sync: bytes) -> Index:
     return Index.decode(entry.header, file.payload(entry))
 
 
-def _read_group(file: LogFile, sync: bytes, offset: int) -> Group:
+def _read_group(file: LogFile, sync: bytes, offset: int, before: int) -> Group:
     entry, _ = file.entry(offset, sync)
     if entry.opcode != Opcode.COMMIT:
         msg = f"the INDEX points at opcode {entry.opcode}, wanted a COMMIT"
         raise FormatError(msg)
     commit = Commit.decode(entry.header)
     entries = tuple(records.decode_entries(file.payload(entry)))
-    if any(not commit.start <= one.offset < one.end <= offset for one in entries):
-        msg = f"the directory at offset {offset} points outside of its group"
-        raise FormatError(msg)
+    place = max(commit.start, before)
+    for one in entries:  # no byte of the file is two records'
+        if one.offset < place or one.end > offset:
+            msg = f"the directory at offset {offset} points outside of its group, or twice"
+            raise FormatError(msg)
+        place = one.end
     return Group(offset, entry.end, commit, entries)
 
 
@@ -332,7 +346,7 @@ def _by_walking(file: LogFile, found: Scan, offset: int) -> None:
                     commit = Commit.decode(entry.header)
                     found.groups.append(Group(entry.offset, entry.end, commit, tuple(pending)))
                     pending = []
-                    file.payload(entry)
+                    file.check(entry)
                 case Opcode.INDEX:
                     index = entry
                 case Opcode.END:
@@ -388,12 +402,10 @@ def _resynchronise(file: LogFile, sync: bytes, offset: int) -> Entry | None:
         length = min(_STRIDE, file.size - offset)
         stretch = file.read(offset, length)
         place = stretch.find(sync)
-        if place < 0:
-            offset += max(length - len(sync) + 1, 1)
-            continue
-        offset += place
-        try:
-            return file.entry(offset, sync)[0]
-        except FormatError:
-            offset += 1
+        while place >= 0:
+            try:
+                return file.entry(offset + place, sync)[0]
+            except FormatError:
+                place = stretch.find(sync, place + 1)
+        offset += max(length - len(sync) + 1, 1)
     return None

@@ -39,11 +39,12 @@ def summarise(reader: StreamReader) -> dict[str, Any]:
     """
     rows = reader.table
     whole = rows.whole()
+    capture = reader.header.get("capture")
     encoded, raw = int(rows.encoded.sum()), int(rows.nbytes.sum())
     per_layer = {name: _layer(reader, info) for name, info in reader.layers.items()}
     return {
         "stream_path": str(reader.path),
-        "compression": reader.header.get("capture", {}).get("compression"),
+        "compression": capture.get("compression") if isinstance(capture, dict) else None,
         "packets": int(whole.sum()),
         "total_compressed_bytes": encoded,
         "per_layer": {name: found for name, found in per_layer.items() if found["count"]},
@@ -78,22 +79,28 @@ def summarise_tokens(reader: StreamReader) -> list[dict[str, Any]]:
         indices), ``packets``, ``bytes`` (encoded) and ``raw_bytes``.
     """
     rows = reader.table
-    whole = rows.whole()
+    order = np.argsort(rows.pass_index, kind="stable")
+    index = rows.pass_index[order]
+    packets, encoded, raw = (
+        np.concatenate(([0], np.cumsum(column[order], dtype=np.int64)))
+        for column in (rows.whole(), rows.encoded, rows.nbytes)
+    )
     known = np.array([one.index for one in reader.passes], np.int64)
     found, before = [], -1
     for record in reader.tokens:
-        inside = (rows.pass_index > before) & (rows.pass_index <= record.pass_index)
-        passes = known[(known > before) & (known <= record.pass_index)]
+        bounds = np.array([before, max(before, record.pass_index)], np.int64)
+        low, high = np.searchsorted(index, bounds, side="right").tolist()
+        first, last = np.searchsorted(known, bounds, side="right").tolist()
         found.append(
             {
                 "step": record.step,
                 "token_index": record.step if record.position is None else record.position,
                 "token_id": record.token_id,
                 "token_text": record.token_text,
-                "passes": passes.tolist(),
-                "packets": int((inside & whole).sum()),
-                "bytes": int(rows.encoded[inside].sum()),
-                "raw_bytes": int(rows.nbytes[inside].sum()),
+                "passes": known[first:last].tolist(),
+                "packets": int(packets[high] - packets[low]),
+                "bytes": int(encoded[high] - encoded[low]),
+                "raw_bytes": int(raw[high] - raw[low]),
             }
         )
         before = max(before, record.pass_index)

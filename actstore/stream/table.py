@@ -132,9 +132,10 @@ def conflicts(rows: PacketTable) -> list[int]:
         Indices into ``rows.blocks``, ascending.
     """
     again = np.flatnonzero(rows.seq[1:] == rows.seq[:-1]) + 1
+    first = np.searchsorted(rows.seq, rows.seq[again])  # the others are compared with it
     differs = rows.part[again] == rows.part[again - 1]
     for column in (rows.pass_index, rows.call, rows.layer, rows.dtype, rows.shape, rows.parts):
-        differs |= column[again] != column[again - 1]
+        differs |= column[again] != column[first]
     return [int(block) for block in np.unique(rows.block[again[differs]])]
 
 

@@ -197,6 +197,35 @@ def end_lies() -> Bad:
     return Bad(bytes(log.data), log.data.rindex(SYNC), [0], [0])
 
 
+@bad("An END that says the INDEX is beyond the file.")
+def end_beyond_file() -> Bad:
+    log = begun()
+    log.tensor(0, 1.0)
+    log.commit(1, 1)
+    log.close(index_offset=2**40)
+    return Bad(bytes(log.data), log.data.rindex(SYNC), [0], [0])
+
+
+@bad("An INDEX that names a COMMIT twice.")
+def index_twice() -> Bad:
+    log = begun()
+    log.tensor(0, 1.0)
+    last = log.commit(1, 1)
+    offset = log.close(commits=[*log.commits, last])
+    return Bad(bytes(log.data), offset, [0], [0])
+
+
+@bad("An INDEX that names the COMMITs in another order.")
+def index_order() -> Bad:
+    log = begun()
+    log.tensor(0, 1.0)
+    log.commit(1, 1)
+    log.tensor(1, 2.0)
+    log.commit(2, 1)
+    offset = log.close(commits=[log.commits[place] for place in (0, 2, 1)])
+    return Bad(bytes(log.data), offset, [0, 1], [0, 1])
+
+
 @bad("A flipped bit in the header of the last COMMIT of a closed log: its group is not believed.")
 def flipped_last_commit() -> Bad:
     log = begun()
@@ -395,6 +424,21 @@ def parts_differ() -> Bad:
     log.tensor(0, 1.0)
     log.block([Run(1, call=1, part=0, parts=2)], [[4]], bytes(8))
     offset = log.block([Run(1, call=1, part=1, parts=2)], [[4]], bytes(8), dtype=7)
+    log.commit(2, 1)
+    log.tensor(2, 1.0)
+    log.commit(3, 1)
+    log.close()
+    return Bad(bytes(log.data), offset, [0], [0, 2])
+
+
+@bad("Parts of one packet that are of two layers.")
+def parts_of_two_layers() -> Bad:
+    log = begun()
+    log.layer(1, "other")
+    log.tensor(0, 1.0)
+    log.commit(1, 1)
+    log.block([Run(1, part=0, parts=2)], [[4]], bytes(8))
+    offset = log.block([Run(1, part=1, parts=2)], [[4]], bytes(8), layer=1)
     log.commit(2, 1)
     log.tensor(2, 1.0)
     log.commit(3, 1)
