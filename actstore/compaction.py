@@ -118,6 +118,8 @@ def compact(
     *,
     compression: str = "zstd",
     tokenizer: Any = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dtypes: Mapping[str, str] | None = None,
     workers: int = _WORKERS,
     progress: Progress | None = None,
 ) -> CompactionReport:
@@ -133,6 +135,8 @@ def compact(
         Of the archive's chunks; always lossless.
     tokenizer : object, optional
         With ``decode([id])``: gives the rows' ``token_text``.
+    shapes, dtypes : mapping, optional
+        Of a log of ``llm-instrumentation``, which holds none: as for `open_stream`.
     workers : int
         Threads; each holds a shard of about 64 MiB.
     progress : callable, optional
@@ -158,7 +162,7 @@ def compact(
     codecs.check_name(compression)
     _check_workers(workers)
     _check_target(target)
-    with open_stream(path) as reader:
+    with open_stream(path, shapes=shapes, dtypes=dtypes) as reader:
         reader.check()
         folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:12]}")
         try:

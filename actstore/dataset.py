@@ -24,8 +24,9 @@ from actstore import files
 from actstore.archive import layout, store
 from actstore.compaction import element_reader, plan_log, row_reader
 from actstore.errors import FormatError, UnsupportedVersionError
-from actstore.stream.reader import StreamReader
-from actstore.stream.recover import is_log
+from actstore.stream.legacy import is_legacy
+from actstore.stream.reader import StreamReader, open_stream
+from actstore.stream.resume import is_log
 
 __all__ = ["is_dataset", "open_dataset", "open_lazily"]
 
@@ -41,7 +42,8 @@ def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Da
     Parameters
     ----------
     path : path
-        A ``.stream`` log or an archive's folder.
+        A ``.stream`` log or an archive's folder. The packets of a log of ``llm-instrumentation``,
+        which holds no shapes, are flat; `compact` with ``shapes`` gives them rows.
     chunks : "auto", mapping, int or None
         ``"auto"``: dask arrays with a chunk for each shard where dask is installed, else
         xarray's own lazy arrays. None: those. Anything else as for `xarray.Dataset.chunk`.
@@ -79,7 +81,9 @@ def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Da
 def is_dataset(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a log or an archive, by its content."""
     place = Path(path)
-    return store.is_archive(place) if place.is_dir() else place.is_file() and is_log(place)
+    if place.is_dir():
+        return store.is_archive(place)
+    return place.is_file() and (is_log(place) or is_legacy(place))
 
 
 def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
@@ -88,12 +92,12 @@ def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
     if place.is_dir():
         _check_archive(place)
         return store.open_xarray(place)
-    if not is_log(place):
+    if not (is_log(place) or is_legacy(place)):
         later = _LATER.get(place.suffix.lower())
         hint = f"; {later} can't be opened yet" if later else ""
         msg = f"{place} is neither a .stream log nor an archive, which is a Zarr folder{hint}"
         raise FormatError(msg)
-    reader = StreamReader(place)
+    reader = open_stream(place)
     try:
         reader.check()
         return _over_log(reader)
@@ -224,7 +228,7 @@ class _Elements(BackendArray):
 @lru_cache(maxsize=8)
 def _reopened(path: Path) -> tuple[StreamReader, layout.Plan]:
     """Open a log in another process; its arrays share the reader."""
-    reader = StreamReader(path)
+    reader = open_stream(path)
     return reader, plan_log(reader)
 
 

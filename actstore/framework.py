@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import CaptureError, ConfigError
 from actstore.stream import summary
+from actstore.stream.legacy import LegacyReader
 from actstore.stream.reader import open_stream
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ class InstrumentationFramework:
         Parameters
         ----------
         data_path : str or path
-            A ``.stream`` log or an archive.
+            A ``.stream`` log, also of ``llm-instrumentation``, or an archive.
 
         Returns
         -------
@@ -268,7 +269,8 @@ def analyze_activations_with_tokens(
         What ``analyze_activations`` gives and, where tokens were recorded, ``token_metadata``
         (the token table beside the log, rebuilt from the log where there is none),
         ``packets_per_token`` and ``bytes_per_token`` (averages), and ``per_token``: for each
-        step its token, passes, packets, bytes and raw bytes.
+        step its token, passes, packets, bytes and raw bytes. The last is not there where a log
+        of ``llm-instrumentation`` doesn't tell which passes made which token.
 
     Raises
     ------
@@ -290,7 +292,8 @@ def analyze_activations_with_tokens(
         if tokens and found["packets"]:
             found["packets_per_token"] = found["packets"] / tokens
             found["bytes_per_token"] = found["total_compressed_bytes"] / tokens
-        found["per_token"] = summary.summarise_tokens(reader)
+        if not isinstance(reader, LegacyReader) or reader.knows_steps:
+            found["per_token"] = summary.summarise_tokens(reader)
     return found
 
 

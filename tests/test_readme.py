@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 EXAMPLES = ROOT / "examples"
+OLDER_LOGS = ROOT / "schemas" / "vectors" / "legacy"
 
 _SET_UP = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e "
 DEMO = f"{_SET_UP}'.[demo]' && .venv/bin/python examples/quickstart.py"
@@ -54,6 +55,7 @@ def blocks() -> list[Block]:
 def reader_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand where a reader of README.md stands, in a folder that may be written to."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
+    shutil.copytree(OLDER_LOGS, tmp_path / OLDER_LOGS.relative_to(ROOT))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     old = os.environ.get("PYTHONPATH")

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -50,8 +50,15 @@ _ENCODED: Final = BLOCK_LIMIT + (1 << 16)  # bytes that a block's encoded ones c
 _BARE: Final = (Opcode.LAYER, Opcode.TOKEN, Opcode.TEXT)
 
 
-def open_stream(path: str | Path, errors: str = "raise", *, follow: bool = False) -> StreamReader:
-    """Open a ``.stream`` log, whole or torn, closed or still growing.
+def open_stream(
+    path: str | Path,
+    errors: str = "raise",
+    *,
+    follow: bool = False,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+) -> StreamReader:
+    """Open a ``.stream`` log, whole or torn, closed or still growing, or one of an older tool.
 
     Parameters
     ----------
@@ -63,14 +70,24 @@ def open_stream(path: str | Path, errors: str = "raise", *, follow: bool = False
     follow : bool
         Let ``packets()`` wait for what a running capture commits, until its log is closed or its
         writer is gone. Layers, passes and tokens are then those known so far.
+    shapes : mapping of str to sequence of int, optional
+        Of a log of ``llm-instrumentation``, which holds none: layer -> the shape of its packets,
+        of which one length may be -1, such as ``(1, -1, 768)``. Those of a layer that is not
+        named are flat.
+    dtypes : mapping of str to str, optional
+        Of such a log: layer -> the dtype of its packets, where that is not float16.
 
     Returns
     -------
     StreamReader
-        Open; a context manager that closes it.
+        Open; a context manager that closes it. A `LegacyReader` of a log of
+        ``llm-instrumentation``.
 
     Raises
     ------
+    ConfigError
+        ``shapes`` or ``dtypes`` don't fit the log, or are given for one that has its own; a log
+        of ``llm-instrumentation`` is to be followed.
     MissingFileError
         There is no such file.
     FormatError
@@ -80,7 +97,19 @@ def open_stream(path: str | Path, errors: str = "raise", *, follow: bool = False
     StreamCorruptError
         Its HEADER is damaged; with ``"skip"``, only where nothing intact follows.
     """
-    return StreamReader(path, errors, follow=follow)
+    from actstore.stream.legacy import LegacyReader, is_legacy  # which is a StreamReader
+
+    if is_legacy(path):
+        if follow:
+            msg = f"{path} is a log of llm-instrumentation, which can't be followed"
+            raise ConfigError(msg)
+        return LegacyReader(path, errors, shapes=shapes, dtypes=dtypes)
+    reader = StreamReader(path, errors, follow=follow)
+    if shapes is not None or dtypes is not None:
+        reader.close()
+        msg = f"{path} says itself what shapes and dtypes its packets have; don't give any"
+        raise ConfigError(msg)
+    return reader
 
 
 class StreamReader:
@@ -126,7 +155,7 @@ class StreamReader:
         self._follow = follow
         self._file = LogFile(self.path)
         try:
-            self._load(scan(self._file, lenient=self._skip))
+            self._open()
         except BaseException:
             self._file.close()
             raise
@@ -149,8 +178,9 @@ class StreamReader:
     def __repr__(self) -> str:
         state = "complete" if self.complete else "not complete"
         return (
-            f"<StreamReader {self.path}: {self.packet_count} packets of {len(self.layers)} "
-            f"layers in {len(self._passes)} passes, {len(self.tokens)} tokens, {state}>"
+            f"<{type(self).__name__} {self.path}: {self.packet_count} packets of "
+            f"{len(self.layers)} layers in {len(self._passes)} passes, {len(self.tokens)} tokens, "
+            f"{state}>"
         )
 
     def close(self) -> None:
@@ -247,7 +277,7 @@ class StreamReader:
         while not self._scan.complete:
             ended = idle >= _IDLE_SECONDS and not files.is_locked(self.path)
             if self._file.grow():
-                self._load(scan(self._file, lenient=self._skip))
+                self._open()
                 self.__dict__.pop("passes", None)
                 return True
             if ended:
@@ -322,23 +352,37 @@ class StreamReader:
         StreamCorruptError
             An alias's target is lost.
         """
+        targets, found = self.targets(packets)
+        for row in packets[~found][:1].tolist():
+            raise self._dangling(row)
+        return targets
+
+    def targets(self, packets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Give, for rows of the table, those that hold the bytes, and which of them are there."""
         rows = self.table
         wanted = rows.alias_of[packets]
         targets = np.where(wanted < 0, packets, np.searchsorted(rows.seq, wanted))
         targets = targets.clip(max=max(len(rows) - 1, 0))
-        same = (wanted < 0) | ((rows.seq[targets] == wanted) & (rows.alias_of[targets] < 0))
+        found = (wanted < 0) | ((rows.seq[targets] == wanted) & (rows.alias_of[targets] < 0))
         for column in (rows.dtype, rows.shape, rows.pass_index):
-            same &= column[packets] == column[targets]
-        for row in packets[~same].tolist():
-            self._alias_target(row)  # raises, and says why
-        return targets
+            found &= column[packets] == column[targets]
+        return targets, found
+
+    def alias_faults(self) -> list[StreamCorruptError]:
+        """Give, for each block that has aliases of what is lost, why the first can't be read."""
+        rows = self.table
+        aliases = np.flatnonzero(rows.alias_of >= 0)
+        lost = aliases[~self.targets(aliases)[1]]
+        _, firsts = np.unique(rows.block[lost], return_index=True)
+        return [self._dangling(row) for row in lost[firsts].tolist()]
 
     def _bytes(self, row: int) -> NDArray[np.uint8]:
         end = row + int(self.table.parts[row])
         out = np.empty(int(self.table.nbytes[row:end].sum()), np.uint8)
         at = 0
         for part in range(row, end):
-            piece = self.raw(part)
+            alone = end - row > 1  # then the block has nothing that is asked for again
+            piece = self.read_block(int(self.table.block[part])) if alone else self.raw(part)
             out[at : at + piece.size] = piece
             at += piece.size
         return out
@@ -350,15 +394,17 @@ class StreamReader:
             column[row] == column[target] for column in (rows.dtype, rows.shape, rows.pass_index)
         )
         if not same or rows.alias_of[target] >= 0:
-            reason = (
-                f"packet {rows.seq[row]} is an alias of {rows.alias_of[row]}, not found intact"
-            )
-            raise self._file.corrupt(self._place(row), reason)
+            raise self._dangling(row)
         return target
 
+    def _dangling(self, row: int) -> StreamCorruptError:
+        rows = self.table
+        reason = f"packet {rows.seq[row]} is an alias of {rows.alias_of[row]}, not found intact"
+        return self._file.corrupt(self._place(row), reason)
+
     def _place(self, row: int) -> int:
-        """Give the offset of the BLOCK of a row."""
-        return self.table.blocks[int(self.table.block[row])].entry.offset
+        """Give the offset of the block of a row."""
+        return self._block_offset(int(self.table.block[row]))
 
     def payload(self, entry: Entry) -> bytes:
         """Read the payload of a record.
@@ -383,17 +429,7 @@ class StreamReader:
             if found is not None:
                 self._cache.move_to_end(index)
                 return found
-        place = self.table.blocks[index]
-        if index in self._lost:  # not read again for each of its packets
-            raise self._file.corrupt(place.entry.offset, self._lost[index])
-        try:
-            payload = self._file.payload(place.entry)
-            codec = self._codecs[place.block.codec]
-            decoded = codecs.decode(codec, payload, place.block.raw_length)
-        except FormatError as error:
-            self._lost[index] = str(error)
-            raise self._file.corrupt(place.entry.offset, str(error)) from error
-        decoded.flags.writeable = False
+        decoded = self.read_block(index)
         with self._lock:
             if index not in self._cache:
                 self._cache[index] = decoded
@@ -402,7 +438,32 @@ class StreamReader:
                 self._cached -= self._cache.popitem(last=False)[1].nbytes
         return decoded
 
+    def read_block(self, index: int) -> NDArray[np.uint8]:
+        """Give what ``block`` gives, without keeping it."""
+        if index in self._lost:  # not read again for each of its packets
+            raise self._file.corrupt(self._block_offset(index), self._lost[index])
+        try:
+            decoded = self._decode(index)
+        except FormatError as error:
+            self._lost[index] = str(error)
+            raise self._file.corrupt(self._block_offset(index), str(error)) from error
+        decoded.flags.writeable = False
+        return decoded
+
+    def _block_offset(self, index: int) -> int:
+        return self.table.blocks[index].entry.offset
+
+    def _decode(self, index: int) -> NDArray[np.uint8]:
+        """Read and decode a block; raises `FormatError` where it is damaged."""
+        place = self.table.blocks[index]
+        payload = self._file.payload(place.entry)
+        return codecs.decode(self._codecs[place.block.codec], payload, place.block.raw_length)
+
     # -- loading --------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Take in what the file holds."""
+        self._load(scan(self._file, lenient=self._skip))
 
     def _load(self, found: Scan) -> None:
         self._scan = found
@@ -535,21 +596,23 @@ class _Parts:
             case Opcode.TOKEN:
                 self.tokens.append(Token.decode(entry.header).record)
             case Opcode.BLOCK:
-                block = Block.decode(entry.header)
-                if block.layer not in self.layers or block.codec not in codec_table:
-                    msg = (
-                        f"BLOCK names layer {block.layer} and codec {block.codec}; "
-                        "one is not declared"
-                    )
-                    raise FormatError(msg)
-                self.packets += sum(run.count for run in block.runs)
-                if self.packets > PACKETS_LIMIT + file.size or entry.payload_length > _ENCODED:
-                    msg = (
-                        f"BLOCK makes it {self.packets} packets in {file.size} bytes, and has "
-                        f"{entry.payload_length} encoded ones; that is beyond the limits"
-                    )
-                    raise FormatError(msg)
-                self.blocks.append(BlockPlace(entry, block, group))
+                self._add_block(entry, group, file, codec_table)
+
+    def _add_block(
+        self, entry: Entry, group: int, file: LogFile, codec_table: Mapping[int, Any]
+    ) -> None:
+        block = Block.decode(entry.header)
+        if block.layer not in self.layers or block.codec not in codec_table:
+            msg = f"BLOCK names layer {block.layer} and codec {block.codec}; one is not declared"
+            raise FormatError(msg)
+        self.packets += sum(run.count for run in block.runs)
+        if self.packets > PACKETS_LIMIT + file.size or entry.payload_length > _ENCODED:
+            msg = (
+                f"BLOCK makes it {self.packets} packets in {file.size} bytes, and has "
+                f"{entry.payload_length} encoded ones; that is beyond the limits"
+            )
+            raise FormatError(msg)
+        self.blocks.append(BlockPlace(entry, block, group))
 
 
 def _codec_table(header: Mapping[str, Any], path: Path) -> dict[int, Mapping[str, Any] | None]:

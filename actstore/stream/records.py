@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from itertools import islice
 from typing import Any, ClassVar, Final, Self
 
 import crc32c as castagnoli
@@ -23,8 +24,8 @@ from actstore.packet import Axis, LayerInfo, PassInfo, TokenRecord
 
 __all__ = [
     "BLOCK_LIMIT",
-    "COMMIT_LIMIT",
     "HEADER_LIMIT",
+    "JSON_LIMIT",
     "MAGIC",
     "NO_POSITION",
     "PACKETS_LIMIT",
@@ -56,11 +57,12 @@ VERSION: Final = 0
 MAGIC: Final = b"\x89ACS\r\n\x1a" + bytes([VERSION])
 HEADER_LIMIT: Final = 16 << 20  # bytes of any record's header
 PAYLOAD_LIMIT: Final = 1 << 30  # bytes of any record's payload
+JSON_LIMIT: Final = 1 << 18  # commas and brackets of a JSON: a value takes 20 times its bytes
 BLOCK_LIMIT: Final = 16 << 20  # raw bytes of a block
 PACKETS_LIMIT: Final = 1 << 16  # packets of a block
-COMMIT_LIMIT: Final = 256 << 20  # bytes of a group's directory
 NO_POSITION: Final = -(1 << 63)
 _AXES_LIMIT: Final = 16
+_TEXTS: Final = 1 << 14  # ids of a TEXT that is written
 _NDIM_LIMIT: Final = 64
 _SIZE_LIMIT: Final = 1 << 58  # what NumPy takes of 16 bytes each; also where a length is 0
 
@@ -612,6 +614,13 @@ class Text:
         return _dump({str(token_id): text for token_id, text in self.texts.items()})
 
     @classmethod
+    def split(cls, texts: Mapping[int, str]) -> Iterator[Self]:
+        """Give the records that say what some token ids stand for."""
+        pairs = iter(texts.items())
+        while some := dict(islice(pairs, _TEXTS)):
+            yield cls(some)
+
+    @classmethod
     def decode(cls, header: bytes) -> Self:
         """Read the record's header."""
         found = _load(header, "TEXT")
@@ -681,30 +690,33 @@ def decode_entries(payload: bytes) -> Iterator[Entry]:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """COMMIT: closes a group; the group's directory is the payload."""
+    """COMMIT: closes a group; the group's directory is the payload.
+
+    ``synced``: all that stands before ``start`` was on the disk when this was written.
+    """
 
     start: int
     next_seq: int
     next_pass: int
     next_step: int
     step_boundary: bool
+    synced: bool = False
 
     _HEAD: ClassVar[struct.Struct] = struct.Struct("<QQQQB")
 
     def encode(self) -> bytes:
         """Give the record's header."""
-        return self._HEAD.pack(
-            self.start, self.next_seq, self.next_pass, self.next_step, self.step_boundary
-        )
+        flags = self.step_boundary | self.synced << 1
+        return self._HEAD.pack(self.start, self.next_seq, self.next_pass, self.next_step, flags)
 
     @classmethod
     def decode(cls, header: bytes) -> Self:
         """Read the record's header."""
-        start, seq, index, step, boundary = _unpack_whole(cls._HEAD, header, "COMMIT")
-        if boundary > 1:
-            msg = f"COMMIT has a step boundary of {boundary}; wanted 0 or 1"
+        start, seq, index, step, flags = _unpack_whole(cls._HEAD, header, "COMMIT")
+        if flags > 3:
+            msg = f"COMMIT has flags of {flags}; wanted 0 to 3"
             raise FormatError(msg)
-        return cls(start, seq, index, step, bool(boundary))
+        return cls(start, seq, index, step, bool(flags & 1), bool(flags & 2))
 
 
 # -- INDEX and END ------------------------------------------------------------------------------
@@ -797,10 +809,13 @@ def _unpack_whole(layout: struct.Struct, header: bytes, record: str) -> tuple[An
 
 
 def _dump(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+    data = json.dumps(value, separators=(",", ":")).encode("ascii")
+    _check_json(data, "a record")
+    return data
 
 
 def _load(data: bytes, record: str) -> dict[str, Any]:
+    _check_json(data, record)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -810,3 +825,14 @@ def _load(data: bytes, record: str) -> dict[str, Any]:
         msg = f"{record} holds a JSON {type(value).__name__}; wanted an object"
         raise FormatError(msg)
     return value
+
+
+def _check_json(data: bytes, record: str) -> None:
+    """Refuse what would be far larger in memory than it is."""
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if len(data) > HEADER_LIMIT or values > JSON_LIMIT:
+        msg = (
+            f"{record} has {len(data)} bytes of JSON with {values} commas and brackets; the "
+            f"limits are {HEADER_LIMIT} and {JSON_LIMIT}"
+        )
+        raise FormatError(msg)

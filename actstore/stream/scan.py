@@ -28,6 +28,7 @@ __all__ = ["Damage", "Group", "LogFile", "Scan", "scan", "walk"]
 _SIGHT: Final = 4096  # bytes read at a record's place: its frame and, mostly, its header
 _STRIDE: Final = 1 << 20
 _SYNC_SIZE: Final = 16
+_SYNC_DISTINCT: Final = 4  # bytes; a random marker has fewer once in 10**24 files
 _PIECE: Final = 1 << 20
 _local = threading.local()
 
@@ -149,6 +150,9 @@ class LogFile:
         if sync is not None and head.sync != sync:
             msg = f"no record begins at offset {offset}"
             raise FormatError(msg)
+        if sync is None and not _is_marker(head.sync):
+            msg = f"a sync marker is random; found {head.sync!r}"
+            raise FormatError(msg)
         if offset + head.length > self.size:
             msg = f"a record of {head.length} bytes at offset {offset} exceeds the file"
             raise FormatError(msg)
@@ -265,6 +269,8 @@ def _without_header(file: LogFile, reason: str) -> Scan | None:
         if not len(MAGIC) <= place <= file.size - _SYNC_SIZE:
             continue
         sync = file.read(place, _SYNC_SIZE)
+        if not _is_marker(sync):
+            continue
         following = _resynchronise(file, sync, len(MAGIC) + 1)
         if following is not None and following.offset < file.size - records.TAIL_SIZE:
             known = {str(number): entry for number, entry in codecs.CODECS.items()}
@@ -273,6 +279,11 @@ def _without_header(file: LogFile, reason: str) -> Scan | None:
             _by_walking(file, found, following.offset)
             return found
     return None
+
+
+def _is_marker(sync: bytes) -> bool:
+    """Whether a sync marker is one: of few different bytes, it might begin at each of a hole."""
+    return len(set(sync)) >= _SYNC_DISTINCT
 
 
 def _check_magic(file: LogFile) -> None:

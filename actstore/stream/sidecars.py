@@ -23,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "checkpoint_name",
     "older_tokens_name",
+    "read_tokens",
     "resume_count",
     "token_dict",
     "token_metadata",
@@ -70,6 +71,22 @@ def token_metadata(reader: StreamReader) -> dict[str, Any] | None:
         "tokens": [token_dict(record) for record in reader.tokens],
         "capture_duration_seconds": reader.summary.get("duration_seconds"),
     }
+
+
+def read_tokens(name: Path) -> tuple[TokenRecord, ...]:
+    """Give the tokens of a token table or a checkpoint.
+
+    Raises
+    ------
+    FormatError
+        The file is neither.
+    """
+    found = _read(name)
+    try:
+        return _records(found)
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        msg = f"{name} holds no token table ({error!r})"
+        raise FormatError(msg) from error
 
 
 def resume_count(path: Path) -> int:
@@ -159,15 +176,20 @@ class Checkpoint:
             )
             raise FormatError(msg)
         try:
-            rows, metadata = found["tokens"], found.get("metadata", {})
+            metadata = found.get("metadata", {})
             return cls(
-                tuple(_record(step, rows[step]) for step in range(len(rows))),
+                _records(found),
                 _seconds(metadata.get("start_time", time.time())),
                 _integer(metadata.get("resume_count", 0), least=0),
             )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             msg = f"{path} is no whole checkpoint ({error!r}); move it away to start without it"
             raise FormatError(msg) from error
+
+
+def _records(found: Mapping[str, Any]) -> tuple[TokenRecord, ...]:
+    rows = found["tokens"]
+    return tuple(_record(step, rows[step]) for step in range(len(rows)))
 
 
 def _record(step: int, found: dict[str, Any]) -> TokenRecord:
