@@ -59,7 +59,7 @@ def encode(
         *(Record(Opcode.LAYER, Layer(info).encode()) for info in group.layers),
         *(Record.of(Opcode.FEATURES, *kept.encode()) for kept in group.features),
         *(Record.of(Opcode.PASS, *one.encode()) for one in group.passes.values()),
-        *([Record(Opcode.TEXT, Text(group.texts).encode())] if group.texts else []),
+        *(Record(Opcode.TEXT, one.encode()) for one in Text.split(group.texts)),
         *map_blocks(lambda packets: _block(group, packets, codec), blocks),
         *(Record(Opcode.TOKEN, Token(record).encode()) for record in group.tokens),
     ]
@@ -175,9 +175,11 @@ class Pipeline:
         self._writer = writer
         self._codec = codec
         self._ready: queue.Queue[tuple[Group, list[Record]] | None] = queue.Queue(_ENCODED_AHEAD)
+        self._ended = threading.Event(), threading.Event()
+        work = zip(("encode", "write"), (self._encode, self._write), self._ended, strict=True)
         self._threads = [
-            threading.Thread(target=self._run, args=(work,), name=f"actstore-{name}", daemon=True)
-            for name, work in (("encode", self._encode), ("write", self._write))
+            threading.Thread(target=self._run, args=one, name=f"actstore-{name}", daemon=True)
+            for name, *one in work
         ]
 
     def start(self) -> None:
@@ -187,21 +189,34 @@ class Pipeline:
 
     def join(self) -> None:
         """Wait until everything that was sealed is written; the stage must have been closed."""
-        for thread in self._threads:
-            thread.join()
+        for thread, ended in zip(self._threads, self._ended, strict=True):
+            if thread.ident is not None:
+                ended.wait()  # until Python 3.13, a join that was interrupted never waits again
+                thread.join()
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def stop(self) -> None:
+        """Close the stage and end the threads, in whatever state they are."""
+        if not self._stage.forked:  # a fork has none of them, and its locks may be held for ever
+            self._stage.close()
+            self.join()
+
+    def _run(self, work: Callable[[], None], ended: threading.Event) -> None:
         try:
             work()
         except BaseException as error:
             self._stage.fail(error)
+        finally:
+            ended.set()
 
     def _encode(self) -> None:
         try:
             with ThreadPoolExecutor(ENCODERS, "actstore-codec") as pool:
                 while (group := self._stage.take()) is not None:
                     if self._stage.failure is None:
-                        records = encode(group, self._codec, self._stage.part_bytes, pool.map)
+                        # once the interpreter exits, a pool takes nothing more
+                        ends = not threading.main_thread().is_alive()
+                        each = map if ends else pool.map
+                        records = encode(group, self._codec, self._stage.part_bytes, each)
                         self._ready.put((group, records))
                     else:
                         self._stage.release(group)

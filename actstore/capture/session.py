@@ -5,9 +5,9 @@ The log is claimed; hooks, stage, pipeline and tracker are put together, and tak
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
-import stat
 import threading
 import time
 import uuid
@@ -24,7 +24,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from actstore import codecs, files
+from actstore import codecs
+from actstore.capture import place
 from actstore.capture.header import check_same_run, describe
 from actstore.capture.hooks import Choice, Hooks, Sampling
 from actstore.capture.passes import Entries, RowChoice
@@ -42,12 +43,10 @@ from actstore.capture.tokens import Checkpoints, _TokenBoundaryTracker
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import ActstoreWarning, CaptureError, ConfigError
 from actstore.packet import TokenRecord
-from actstore.stream import recover
+from actstore.stream import resume
 from actstore.stream.reader import open_stream
 from actstore.stream.sidecars import (
     Checkpoint,
-    checkpoint_name,
-    older_tokens_name,
     resume_count,
     tokens_name,
 )
@@ -174,6 +173,7 @@ class Capture:
         self._path = path.absolute()  # also if the working directory changes until the end
         self._options = options
         self._tracker: _TokenBoundaryTracker | None = None
+        self._left = False
 
     # -- entering -------------------------------------------------------------------------------
 
@@ -182,17 +182,17 @@ class Capture:
         _check_alike(self._models)
         targets = _targets(self._models, granularity)
         header = describe(self._models, self._config, self._options.track_per_token)
-        with ExitStack() as stack:
+        with ExitStack() as stack, place.telling(self._path):
             _claim_models(self._models, stack)
             # compiled code calls no hooks, or those that there were when it was compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            check_path(self._path)
-            checkpoint_path = _checkpoint_path(self._options, self._path)
+            place.check_path(self._path)
+            checkpoint_path = place.checkpoint_path(self._options.checkpoint_path, self._path)
             if not self._options.resume_from_checkpoint:
-                _move_aside(self._path, checkpoint_path)
+                place.move_aside(self._path, checkpoint_path)
             self._writer = stack.enter_context(StreamWriter(self._path))
             run = self._begin(header, checkpoint_path)
-            self._stage = Stage(self._config.budget, run.point)
+            self._stage = Stage(self._config.budget, run.point, into=str(self._path))
             self._pipeline = Pipeline(
                 self._stage, self._writer, codecs.NAMES[self._config.compression_algorithm]
             )
@@ -219,9 +219,14 @@ class Capture:
                 flush_at_pass_end=not self._options.track_per_token,
             )
             self._track(run)
-            stack.enter_context(self.hooks)
+            # each is taken apart also if a signal's handler raises while it is put together
+            stack.push(self.hooks)
+            self.hooks.__enter__()
+            stack.callback(self._pipeline.stop)
             self._pipeline.start()
             self._began = time.monotonic()
+            atexit.register(self._at_exit)
+            stack.callback(atexit.unregister, self._at_exit)
             self._open = stack.pop_all()
         return self._tracker
 
@@ -232,7 +237,7 @@ class Capture:
         if options.resume_from_checkpoint:
             if checkpoint_path.exists():
                 found = Checkpoint.read(checkpoint_path)
-            if self._path.stat().st_size and _keep_unbegun(self._path):
+            if self._path.stat().st_size and place.has_begun(self._path):
                 return self._resume(header, found, checkpoint_path)
         tokens = found.tokens if found else ()
         if found:
@@ -256,12 +261,11 @@ class Capture:
     def _resume(
         self, header: dict[str, Any], found: Checkpoint | None, checkpoint_path: Path
     ) -> _Run:
-        where = recover.resume_point(self._path)
+        where = resume.resume_point(self._path)
         with open_stream(self._path) as before:
             check_same_run(before.header, header, self._path)
         if where.loses:
-            kept = recover.keep_cut(self._path, where.offset)
-            _log.info("what %s held after its last whole step is kept in %s", self._path, kept)
+            place.keep_cut(self._path, where)
         self._writer.resume(where.sync, where.commits, where.offset)
         with open_stream(self._path) as reader:
             layers, widths, tokens = dict(reader.layers), set(reader.features), reader.tokens
@@ -302,6 +306,9 @@ class Capture:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._left:
+            return
+        self._left = True
         if self.hooks.forked:  # the log is the parent's; what this process has of it is let go
             with self._open:
                 self.hooks.__exit__(kind, error, traceback)
@@ -321,6 +328,13 @@ class Capture:
             self._save(self._tracker, error)
         if error is None and self._warns:
             self._warn()
+
+    def _at_exit(self) -> None:
+        """Leave a ``with`` that the interpreter's exit finds open, while it still can be left."""
+        leaving = SystemExit("the interpreter exits")
+        self.__exit__(SystemExit, leaving, None)
+        for note in getattr(leaving, "__notes__", ()):
+            _log.error("%s", note)
 
     def _finish(self, kind: type[BaseException] | None) -> None:
         self.summary = self._summarise(kind)
@@ -368,14 +382,11 @@ class Capture:
             error.add_note(str(fault))
 
     def _surface(self, failure: BaseException, error: BaseException | None) -> None:
-        msg = (
-            f"the capture into {self._path} failed: {failure}; what was committed until then is "
-            "in the log and can be read or resumed"
-        )
+        told = self._stage.told()
         if error is None:
-            raise CaptureError(msg) from failure
+            raise told from failure
         if not isinstance(error, CaptureError):
-            error.add_note(msg)
+            error.add_note(str(told))
 
     def _warn(self) -> None:
         summary, told = self.summary, []
@@ -412,90 +423,6 @@ class _Run:
     tokens: tuple[TokenRecord, ...]
     checkpoints: Checkpoints
     rewrite: bool
-
-
-def check_path(path: Path) -> None:
-    """Refuse an output path that can't become a log.
-
-    Raises
-    ------
-    ConfigError
-        Its folder is missing, it is no file, or it holds something that is no log.
-    """
-    _check_place("output_path", path)
-    if path.exists() and path.stat().st_size and not recover.is_log(path):
-        msg = (
-            f"output_path {str(path)!r} is a file that is no .stream log, and is not overwritten; "
-            "give another path, or move it away"
-        )
-        raise ConfigError(msg)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        msg = f"output_path {str(path)!r} can't be written; give another path, or permission"
-        raise ConfigError(msg)
-
-
-def _checkpoint_path(options: Options, path: Path) -> Path:
-    """Give the path of the checkpoint, refusing one that can't be written or is in use."""
-    if options.checkpoint_path is None:
-        return checkpoint_name(path)
-    given = Path(options.checkpoint_path).absolute()
-    _check_place("checkpoint_path", given)
-    if given.resolve() in (path.resolve(), tokens_name(path).resolve()):
-        msg = f"checkpoint_path {str(given)!r} is the log or its token table; give another path"
-        raise ConfigError(msg)
-    return given
-
-
-def _check_place(what: str, path: Path) -> None:
-    """Refuse a path that no file can have, or that something else than a file has."""
-    if not path.parent.is_dir():
-        msg = f"{what} {str(path)!r}: there is no folder {str(path.parent)!r}; create it"
-        raise ConfigError(msg)
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        msg = f"{what} {str(path)!r} can't be a file: {error}; give another path"
-        raise ConfigError(msg) from error
-    if not stat.S_ISREG(mode):
-        kind = "a directory" if stat.S_ISDIR(mode) else "no plain file"
-        msg = f"{what} {str(path)!r} is {kind}; give the name of a file"
-        raise ConfigError(msg)
-
-
-def _move_aside(path: Path, checkpoint_path: Path) -> None:
-    """Move a log that is in the way, and what is of it or of one like it, to free names."""
-    there = path.exists() and path.stat().st_size > 0
-    of_log = {tokens_name(path): tokens_name, checkpoint_name(path): checkpoint_name}
-    if there:  # else what has the older name may be anything
-        of_log[older_tokens_name(path)] = older_tokens_name
-    found = [name for name in (*of_log, checkpoint_path) if name.exists()]
-    if checkpoint_path in found and checkpoint_path not in of_log:
-        Checkpoint.read(checkpoint_path)  # raises: a file that is none is not ours to move
-    if not there and not found:
-        return
-    with StreamWriter(path):  # holds its lock: no other capture is writing it
-        aside = files.free_name(path)
-        for name in dict.fromkeys(found):
-            rename = of_log.get(name)
-            name.rename(rename(aside) if rename else files.free_name(name))
-        if there:
-            files.replace(path, aside)
-    what = (
-        f"{path} held a log, which is never overwritten: it is now {aside}, its sidecars with it"
-        if there
-        else f"beside {path} stood files of a log that is gone: they are now those of {aside}"
-    )
-    warnings.warn(what, ActstoreWarning, stacklevel=6)
-
-
-def _keep_unbegun(path: Path) -> bool:
-    """Whether a log can be resumed; one that never began is emptied, for nothing is in it."""
-    if recover.begun(path):
-        return True
-    os.truncate(path, 0)
-    return False
 
 
 def _claim_models(models: Sequence[Instrumented], stack: ExitStack) -> None:

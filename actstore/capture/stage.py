@@ -118,6 +118,8 @@ class Stage:
         Where the run stands at its beginning: after a resume, not at 0.
     clock : callable
         Seconds, monotonic; tests inject their own.
+    into : str
+        What its errors call the log.
 
     Attributes
     ----------
@@ -136,7 +138,9 @@ class Stage:
         budget: int,
         point: CommitPoint | None = None,
         clock: Callable[[], float] = time.monotonic,
+        into: str = "the log",
     ) -> None:
+        self._into = into
         self.group_bytes = min(GROUP_BYTES, budget // _LEAST_SHARES)
         self.part_bytes = min(BLOCK_LIMIT, self.group_bytes // 4)
         self.waits = 0
@@ -337,9 +341,22 @@ class Stage:
         """What made the pipeline fail, if it has."""
         return self._failure
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a fork of the process that captures."""
+        return os.getpid() != self._process
+
+    def told(self) -> CaptureError:
+        """Give the error that says that the pipeline has failed."""
+        cause = str(self._failure) or repr(self._failure)
+        return CaptureError(
+            f"the capture into {self._into} failed: {cause}; what was committed until then is in "
+            "the log and can be read or resumed"
+        )
+
     def _check_process(self) -> None:
         """Refuse a forked child, before the lock: who holds it may not exist here."""
-        if os.getpid() != self._process:
+        if self.forked:
             msg = "the capture belongs to the process that began it; this is a fork of that one"
             raise CaptureError(msg)
 
@@ -394,11 +411,7 @@ class Stage:
 
     def _check(self) -> None:
         if self._failure is not None:
-            msg = (
-                f"the capture failed: {self._failure}; what was committed until then is in the "
-                "log and can be read or resumed"
-            )
-            raise CaptureError(msg) from self._failure
+            raise self.told() from self._failure
         if self._closed:
             msg = "the capture has ended; record tokens and run the model inside the with"
             raise CaptureError(msg)

@@ -1,142 +1,31 @@
-"""Owns what can be done with a log whose writer ended: resume it, or make a whole log of it."""
+"""Owns making a whole log of what is intact in a torn or damaged one.
+
+Going on with a log whose writer ended is ``resume.py``'s.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore import files
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
-from actstore.stream.reader import StreamReader, open_stream
+from actstore.stream.legacy import is_legacy
+from actstore.stream.reader import StreamReader
 from actstore.stream.records import MAGIC, Block, Commit, Entry, Frame, Opcode, Record
 from actstore.stream.scan import Damage, LogFile, Scan, walk
 from actstore.stream.writer import CommitPoint, StreamWriter
 
-__all__ = [
-    "RecoveryReport",
-    "ResumePoint",
-    "begun",
-    "is_log",
-    "keep_cut",
-    "recover",
-    "resume_point",
-]
-
-_STRIDE: Final = 1 << 20
-_FIRST_COMMIT: Final = Frame.SIZE + len(Commit(0, 0, 0, 0, step_boundary=True).encode())
-
-
-@dataclass(frozen=True, slots=True)
-class ResumePoint:
-    """Where a log can be resumed: its last COMMIT at a step boundary.
-
-    Attributes
-    ----------
-    offset : int
-        The end of that COMMIT: the log is cut here.
-    sync : bytes
-        The file's sync marker.
-    commits : tuple of int
-        Offsets of the COMMITs that stay.
-    point : CommitPoint
-        Where the run stood.
-    loses : bool
-        Something that was captured stands behind it.
-    """
-
-    offset: int
-    sync: bytes
-    commits: tuple[int, ...]
-    point: CommitPoint
-    loses: bool
-
-
-def is_log(path: Path) -> bool:
-    """Whether a file begins as a log does, of whatever version."""
-    with path.open("rb") as file:
-        return file.read(len(MAGIC))[:-1] == MAGIC[:-1]
-
-
-def begun(path: Path) -> bool:
-    """Whether a log has got as far as its HEADER and first COMMIT: else nothing was captured.
-
-    A log that is damaged there, not cut short, has begun: a reader will say what is wrong with it.
-    """
-    file = LogFile(path)
-    start = len(MAGIC) + Frame.SIZE
-    try:
-        if file.size < start:
-            return False
-        head = Frame.decode(file.read(len(MAGIC), Frame.SIZE))
-        if start + head.header_length > file.size:  # what is there of it is JSON, or it is damaged
-            rest = file.read(start, file.size - start)
-            return not (rest.isascii() and rest.decode("ascii").isprintable())
-        head.check(file.read(start, head.header_length))
-        return file.size >= len(MAGIC) + head.length + _FIRST_COMMIT
-    except FormatError:
-        return True
-    finally:
-        file.close()
-
-
-def resume_point(path: Path) -> ResumePoint:
-    """Find where a log can be resumed.
-
-    Raises
-    ------
-    StreamCorruptError
-        The log is damaged.
-    ConfigError
-        It was captured without tracking tokens, so that it has no step to go on from.
-    """
-    with open_stream(path) as reader:
-        reader.check()
-        if not reader.header.get("capture", {}).get("track_per_token", False):
-            msg = (
-                f"{path} was captured without track_per_token=True and has no step to resume "
-                "from; give another output_path, or leave resume_from_checkpoint=False to have "
-                "it moved aside"
-            )
-            raise ConfigError(msg)
-        return _last_boundary(reader)
-
-
-def _last_boundary(reader: StreamReader) -> ResumePoint:
-    groups = reader.scan.groups
-    last = max(index for index, group in enumerate(groups) if group.commit.step_boundary)
-    commit, end = groups[last].commit, groups[last].end
-    later = any(group.entries for group in groups[last + 1 :])
-    torn = not reader.scan.complete and reader.file_bytes > groups[-1].end
-    return ResumePoint(
-        end,
-        reader.scan.sync,
-        tuple(group.offset for group in groups[: last + 1]),
-        CommitPoint(commit.next_seq, commit.next_pass, commit.next_step, step_boundary=True),
-        later or torn,
-    )
-
-
-def keep_cut(path: Path, offset: int) -> Path:
-    """Copy what a log holds behind an offset beside it, durably, before it is cut there."""
-    kept = files.free_name(path.with_name(f"{path.name}.cut"))
-    with path.open("rb") as source, kept.open("xb") as target:
-        source.seek(offset)
-        shutil.copyfileobj(source, target, _STRIDE)
-    files.fsync_file(kept)
-    files.fsync_folder(kept.parent)
-    return kept
-
-
-# -- a whole log of what is intact ----------------------------------------------------------------
+__all__ = ["RecoveryReport", "recover"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +110,17 @@ def recover(
     ConfigError
         It is being written, or ``out`` exists.
     MissingFileError, FormatError
-        There is no log.
+        There is no log, or one of ``llm-instrumentation``.
     StreamCorruptError
         Nothing of it can be told: it was cut in its HEADER.
     """
     place = Path(path)
+    if is_legacy(place):
+        msg = (
+            f"{place} is a log of llm-instrumentation, which says too little to be made whole; "
+            "actstore.open_stream(path, errors='skip') reads what is intact"
+        )
+        raise FormatError(msg)
     with StreamReader(place, errors="skip") as reader:
         _check_unwritten(place)
         kept = _Intact(reader)
@@ -284,6 +179,8 @@ class _Intact:
 
     def __init__(self, reader: StreamReader) -> None:
         self._reader = reader
+        #: Records that the file can have held: where numbers say that more are lost, they lie.
+        self._most = reader.file_bytes // Frame.SIZE
         table = reader.table
         frames = Scan({}, reader.scan.sync)  # by the index, a damaged frame isn't seen
         with closing(LogFile(reader.path)) as file:
@@ -295,25 +192,27 @@ class _Intact:
         self.damage |= {one.offset: one for one in reader.damage}
         lost = np.isin(table.block, list(self.lost_blocks))
         self.rows = ~np.isin(table.seq, table.seq[lost])
-        several = (table.alias_of >= 0) | (table.parts > 1)
-        for row in np.flatnonzero(several & table.whole() & self.rows).tolist():
-            if not self._means(row):
-                self.rows[table.seq == table.seq[row]] = False
+        split = np.flatnonzero((table.parts > 1) & table.whole() & self.rows)
+        short = [row for row in split.tolist() if not self._fits(row)]
+        self.rows &= ~np.isin(table.seq, table.seq[short])
+        for fault in reader.alias_faults():
+            self.damage.setdefault(fault.offset, Damage(fault.offset, 0, str(fault)))
+        aliases = np.flatnonzero(self.rows & (table.alias_of >= 0))
+        targets, found = reader.targets(aliases)
+        self.rows[aliases] = found & self.rows[targets]
 
-    def _means(self, row: int) -> bool:
-        """Whether an alias's target is kept, and the parts of a packet have its size."""
+    def _fits(self, row: int) -> bool:
+        """Whether the parts of a packet have its size."""
         try:
-            target = int(self._reader.resolve(np.array([row]))[0])
-            if target == row:
-                self._reader.values(row)
+            self._reader.values(row)
         except StreamCorruptError as error:
             self.damage.setdefault(error.offset, Damage(error.offset, 0, str(error)))
             return False
-        return bool(self.rows[target])
+        return True
 
     def _reads(self, index: int) -> bool:
         try:
-            self._reader.block(index)
+            self._reader.read_block(index)
         except StreamCorruptError as error:
             entry = self._reader.table.blocks[index].entry
             self.damage[entry.offset] = Damage(entry.offset, entry.end - entry.offset, str(error))
@@ -334,8 +233,8 @@ class _Intact:
         gone = ~self.rows & table.whole()
         layers = Counter(names[one] for one in table.layer[gone].tolist())
         held = table.seq[self.rows & table.whole()]
-        missing = np.setdiff1d(np.arange(last.next_seq), held)
         steps = {token.step for token in reader.tokens}
+        lost = (step for step in range(last.next_step) if step not in steps)
         end = groups[-1].end if groups else reader.file_bytes
         closed = reader.scan.complete
         return RecoveryReport(
@@ -344,27 +243,30 @@ class _Intact:
             int(held.size),
             len(reader.passes),
             len(steps),
-            int(missing.size),
+            max(last.next_seq - int(np.sum(held < last.next_seq)), 0),
             dict(layers),
-            self._passes_of(missing),
-            tuple(sorted(set(range(last.next_step)) - steps)),
+            self._lost_passes(table.pass_index[gone], last.next_seq),
+            tuple(islice(lost, self._most)),
             sum(one.length for one in self.damage.values()),
             0 if closed else max(reader.file_bytes - end, 0),
             tuple(self.damage[offset] for offset in sorted(self.damage)),
         )
 
-    def _passes_of(self, missing: NDArray[np.int64]) -> tuple[int, ...]:
-        """Give the passes that packets are of: as described, else as those around them."""
+    def _lost_passes(self, gone: NDArray[np.int64], next_seq: int) -> tuple[int, ...]:
+        """Give the passes that packets are lost of: as described, else as those around them."""
         table = self._reader.table
-        order = np.argsort(table.seq, kind="stable")
-        seq, passes = table.seq[order], table.pass_index[order]
-        if not seq.size or not missing.size:
+        if not table.seq.size:
             return ()
-        before = np.clip(np.searchsorted(seq, missing, side="right") - 1, 0, seq.size - 1)
-        after = np.clip(np.searchsorted(seq, missing), 0, seq.size - 1)
-        found: set[int] = set()
-        for low, high in set(zip(passes[before].tolist(), passes[after].tolist(), strict=True)):
-            found.update(range(low, high + 1))
+        found: set[int] = set(gone.tolist())
+        gaps = np.diff(table.seq, prepend=-1, append=min(next_seq, np.iinfo(np.int64).max)) > 1
+        before = np.concatenate((table.pass_index[:1], table.pass_index))[gaps]
+        after = np.concatenate((table.pass_index, table.pass_index[-1:]))[gaps]
+        left = self._most
+        for low, high in set(zip(before.tolist(), after.tolist(), strict=True)):
+            found |= {low, high}
+            if high - low <= left:
+                left -= max(high - low, 0)
+                found.update(range(low, high))
         return tuple(sorted(found))
 
     def write(self, path: Path, report: RecoveryReport) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,13 +68,16 @@ class StreamWriter:
         self.offset = 0
         self._clock = clock
         self._descriptor = -1
+        self._in_use = threading.Lock()
+        self._process = os.getpid()
         self._sync = b""
         self._commits: list[int] = []
         self._synced_at = 0.0
         self._synced_offset = 0
 
     def __enter__(self) -> Self:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        # O_APPEND: if something cuts the file, what follows leaves no hole that hides it
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND
         self._descriptor = os.open(self.path, flags, 0o666)
         try:
             files.lock(self._descriptor, self.path)
@@ -97,9 +101,9 @@ class StreamWriter:
     def start(self, attributes: Mapping[str, Any]) -> None:
         """Begin an empty file: the magic, the HEADER, and a first COMMIT; durable on return."""
         self._sync = os.urandom(16)
-        self._write([records.MAGIC])
         header = Record(Opcode.HEADER, Header(attributes).encode())
-        self._write([header.frame(self._sync)])
+        # at once: no power cut leaves the magic of a log without the frame behind it
+        self._write([records.MAGIC, header.frame(self._sync)])
         self.append([], CommitPoint())
         self.sync()
         files.fsync_folder(self.path.parent)
@@ -119,8 +123,8 @@ class StreamWriter:
         self._sync = sync
         self._commits = list(commits)
         self.offset = offset
-        os.ftruncate(self._descriptor, offset)
-        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        with self._using() as descriptor:
+            os.ftruncate(descriptor, offset)
         self.sync()
 
     def append(self, group: Sequence[Record], point: CommitPoint) -> None:
@@ -131,8 +135,7 @@ class StreamWriter:
         OSError
             The file system refuses; the log is readable up to the COMMIT before.
         """
-        with self._naming():
-            self._check_file()
+        self._check_file()
         start = self.offset
         buffers: list[Any] = []
         entries = []
@@ -142,7 +145,8 @@ class StreamWriter:
             buffers += [record.frame(self._sync), *record.payload]
             at = entries[-1].end
         directory = records.encode_entries(entries)
-        head = Commit(start, point.next_seq, point.next_pass, point.next_step, point.step_boundary)
+        numbers = (point.next_seq, point.next_pass, point.next_step, point.step_boundary)
+        head = Commit(start, *numbers, synced=start == self._synced_offset)
         commit = Record.of(Opcode.COMMIT, head.encode(), directory)
         buffers += [commit.frame(self._sync), *commit.payload]
         self._write(buffers)
@@ -159,14 +163,15 @@ class StreamWriter:
         OSError
             The disk refuses, or the file was removed or cut meanwhile.
         """
-        with self._naming():
-            os.fdatasync(self._descriptor)
-            self._check_file()
+        with self._using() as descriptor:
+            os.fdatasync(descriptor)
+        self._check_file()
         self._synced_at = self._clock()
         self._synced_offset = self.offset
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close the log cleanly: INDEX, END, magic; durable on return."""
+        self._check_file()
         index_offset = self.offset
         index = Record.of(Opcode.INDEX, *Index(tuple(self._commits), summary).encode())
         end = Record(Opcode.END, records.encode_end(index_offset))
@@ -177,35 +182,44 @@ class StreamWriter:
         self.abandon()
 
     def abandon(self) -> None:
-        """Close the file as it is; a second call does nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            with contextlib.suppress(OSError):  # all that matters was synced, or its error raised
-                os.close(descriptor)
+        """Close the file as it is; a second call does nothing.
+
+        A call that another thread is in ends first, for its descriptor's number may be another
+        file's after that; its next one fails.
+        """
+        forked = os.getpid() != self._process  # then nobody is, though the lock may say so
+        with contextlib.nullcontext() if forked else self._in_use:
+            descriptor, self._descriptor = self._descriptor, -1
+            if descriptor >= 0:
+                with contextlib.suppress(OSError):  # what matters was synced, or its error raised
+                    os.close(descriptor)
 
     def _check_file(self) -> None:
         """Raise where the file is not what was written, or has no name any more."""
-        found = os.fstat(self._descriptor)
+        with self._using() as descriptor:
+            found = os.fstat(descriptor)
         if not found.st_nlink:
-            raise OSError(errno.ENOENT, "the log was removed while it was being written")
+            reason = "the log was removed or replaced while it was written"
+            raise OSError(errno.ENOENT, reason, str(self.path))
         if found.st_size != self.offset:
             reason = f"something else left {found.st_size} of the {self.offset} bytes of the log"
-            raise OSError(errno.EIO, reason)
+            raise OSError(errno.EIO, reason, str(self.path))
 
     @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Let an error say which file it is about."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+    def _using(self) -> Iterator[int]:
+        """Give the descriptor, which stays open meanwhile; let an error say which file it is."""
+        with self._in_use:
+            try:
+                yield self._descriptor
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _write(self, buffers: Sequence[Any]) -> None:
         pending = [memoryview(part).cast("B") for part in buffers if len(part)]
         first = 0
         while first < len(pending):
-            with self._naming():
-                written = os.writev(self._descriptor, pending[first : first + _IOV_MAX])
+            with self._using() as descriptor:
+                written = os.writev(descriptor, pending[first : first + _IOV_MAX])
             self.offset += written
             while first < len(pending) and written >= len(pending[first]):
                 written -= len(pending[first])

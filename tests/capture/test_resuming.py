@@ -16,6 +16,7 @@ from oracle import capturing, quiet
 from refeed import Model, run
 from tiny_models import sequential
 
+from actstore.capture import stage
 from actstore.config import HookConfig, HookGranularity
 from actstore.errors import ActstoreError, ActstoreWarning, ConfigError, StreamCorruptError
 from actstore.stream.reader import open_stream
@@ -273,6 +274,24 @@ def test_a_log_with_a_damaged_payload_can_be_gone_on_with_and_says_so_when_read(
     with open_stream(log, errors="skip") as reader:
         kept = len(list(reader.packets()))
         assert 0 < kept < reader.packet_count
+
+
+def test_a_log_that_a_power_cut_tore_is_resumed_before_the_damage_with_a_warning(
+    log: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "FLUSH_SECONDS", 0.0)  # a group a token, and no sync but the first
+    run(log, STEPS, interval=None)
+    with open_stream(log) as reader:
+        groups = reader.scan.groups
+        struck = reader.table.blocks[-30].entry
+    before = max(one.end for one in groups if one.end <= struck.offset)
+    data = bytearray(log.read_bytes()[: groups[-1].end])
+    data[struck.payload_offset : struck.end] = bytes(struck.payload_length)
+    log.write_bytes(data)
+    with pytest.warns(ActstoreWarning, match=rf"damaged from byte {struck.offset} on, as a power"):
+        _assert_resumed(log, whole, interval=None)
+    (kept,) = [one for one in log.parent.iterdir() if ".cut" in one.name]
+    assert kept.read_bytes() == data[before:]
 
 
 # -- another run --------------------------------------------------------------------------------

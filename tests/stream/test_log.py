@@ -25,7 +25,7 @@ from actstore.errors import (
 from actstore.packet import PassInfo
 from actstore.stream.reader import StreamReader, open_stream
 from actstore.stream.records import Opcode, Pass, Record
-from actstore.stream.recover import begun, is_log, keep_cut, resume_point
+from actstore.stream.resume import begun, is_log, keep_cut, resume_point
 from actstore.stream.writer import SYNC_SECONDS, CommitPoint, StreamWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -318,7 +318,7 @@ def test_a_log_torn_at_any_byte_is_gone_on_with_from_its_last_step(tmp_path: Pat
     log.close()
     data, torn = log.path.read_bytes(), tmp_path / "torn.stream"
     commits = commits_of(data)
-    steps = [one for one in commits if one["header"][-1] == 1]
+    steps = [one for one in commits if one["header"][-1] & 1]
     assert len(steps) == len(commits) - 1
     torn.write_bytes(data)
     for size in range(len(data), -1, -1):
@@ -495,9 +495,36 @@ def test_damage_in_two_groups_is_named_twice_and_all_between_is_read(
     assert caught.value.offset == with_values[0]["offset"]
 
 
-def test_a_damaged_log_is_not_resumed_and_one_without_steps_neither(
-    log: Builder, tmp_path: Path
+def test_commits_say_what_was_on_the_disk_before_them(log: Builder) -> None:
+    for _ in range(2):
+        log.commit()
+    log._writer.sync()
+    for _ in range(2):
+        log.commit()
+    log._writer.abandon()
+    synced = [one["header"][-1] >> 1 for one in commits_of(log.path.read_bytes())]
+    assert synced == [0, 1, *(0 for _ in synced[2:-2]), 1, 0]
+
+
+@pytest.mark.parametrize("inside", ["frame", "payload"])
+@pytest.mark.parametrize("number", range(2, 9))
+def test_a_log_is_resumed_before_damage_that_a_power_cut_can_have_left(
+    number: int, inside: str, log: Builder
 ) -> None:
+    log._writer.abandon()
+    data = bytearray(log.path.read_bytes())
+    struck = list(records_of(bytes(data)))[number]
+    data[struck["end"] - 1 if inside == "payload" else struck["offset"] + 30] ^= 1
+    before = [one for one in commits_of(bytes(data)) if one["end"] <= struck["offset"]]
+    log.path.write_bytes(data)
+    found = resume_point(log.path)
+    last = [one for one in before if one["header"][-1] & 1][-1]
+    assert (found.offset, found.torn, found.loses) == (last["end"], struck["offset"], True)
+
+
+def test_a_log_whose_durable_part_is_damaged_is_not_resumed(log: Builder) -> None:
+    log._writer.sync()
+    log.commit()
     log._writer.abandon()
     data = bytearray(log.path.read_bytes())
     third = list(records_of(bytes(data)))[3]["offset"]
@@ -506,9 +533,30 @@ def test_a_damaged_log_is_not_resumed_and_one_without_steps_neither(
     with pytest.raises(StreamCorruptError) as caught:
         resume_point(log.path)
     assert caught.value.offset == third
+
+
+def test_a_log_without_steps_is_not_resumed(tmp_path: Path) -> None:
     other = LogBuilder(tmp_path / "untracked.stream")
     with pytest.raises(ConfigError, match="captured without track_per_token"):
         resume_point(other.close())
+
+
+@pytest.mark.parametrize("filler", [b"\0", b"\xaa"])
+@pytest.mark.parametrize("place", ["whole", "header", "commit"])
+def test_a_beginning_that_a_power_cut_left_has_not_begun(
+    place: str, filler: bytes, log: Builder
+) -> None:
+    log._writer.abandon()
+    whole = log.path.read_bytes()
+    header, commit = list(records_of(whole))[:2]
+    begin = {"whole": 0, "header": header["offset"] + 60, "commit": commit["offset"] + 9}[place]
+    data = bytearray(whole[: commit["end"]])
+    assert begun(log.path)
+    data[begin:] = filler * (len(data) - begin)
+    log.path.write_bytes(data)
+    assert begun(log.path) == (place == "whole" and filler != b"\0")  # what is no log is kept
+    log.path.write_bytes(data + whole[commit["end"] :])
+    assert begun(log.path)
 
 
 # -- writing ------------------------------------------------------------------------------------
@@ -564,6 +612,29 @@ def test_what_is_cut_is_kept_beside_the_log_under_a_free_name(log: Builder) -> N
         assert keep_cut(log.path, offset) == name
         assert name.read_bytes() == data[offset:]
     assert log.path.read_bytes() == data
+
+
+def test_a_log_that_something_cuts_at_any_moment_is_not_closed_as_if_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, writev = tmp_path / "run.stream", os.writev
+    with StreamWriter(path) as writer:
+        writer.start({"codecs": {"0": None}})
+        writer.append([], CommitPoint())
+        os.truncate(path, 100)
+        with pytest.raises(OSError, match="something else left 100 of"):
+            writer.finish({})
+    path.unlink()
+
+    def cutting(descriptor: int, buffers: Any) -> int:
+        os.truncate(path, 100)
+        return writev(descriptor, buffers)
+
+    with StreamWriter(path) as writer:
+        writer.start({"codecs": {"0": None}})
+        monkeypatch.setattr(os, "writev", cutting)
+        with pytest.raises(OSError, match=r"something else left \d+ of"):
+            writer.finish({})
 
 
 def test_groups_become_durable_by_time_and_the_end_always(

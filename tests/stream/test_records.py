@@ -280,11 +280,12 @@ def test_texts_come_back(texts: dict[int, str]) -> None:
     assert json.loads(encoded.decode("ascii")) == {str(one): text for one, text in texts.items()}
 
 
-@given(natural, natural, natural, natural, st.booleans())
-def test_a_commit_comes_back(start: int, seq: int, index: int, step: int, at_step: bool) -> None:
-    header = Commit(start, seq, index, step, at_step).encode()
-    assert header == struct.pack("<QQQQB", start, seq, index, step, at_step)
-    assert Commit.decode(header) == Commit(start, seq, index, step, at_step)
+@given(st.tuples(natural, natural, natural, natural), st.booleans(), st.booleans())
+def test_a_commit_comes_back(numbers: tuple[int, ...], at_step: bool, synced: bool) -> None:
+    commit = Commit(*numbers, at_step, synced)
+    header = commit.encode()
+    assert header == struct.pack("<QQQQB", *numbers, at_step + 2 * synced)
+    assert Commit.decode(header) == commit
 
 
 @given(
@@ -537,3 +538,21 @@ def test_lengths_at_their_limits_are_taken() -> None:
         wrong = Block(0, 0, 2, 0, count * size[0], (size,), (run,))
         with pytest.raises(FormatError):
             Block.decode(wrong.encode())
+
+
+def test_texts_are_split_into_records_of_a_bounded_size() -> None:
+    texts = dict.fromkeys(range(40000), "," * 3)
+    found = [records.Text.decode(one.encode()).texts for one in records.Text.split(texts)]
+    assert [len(one) for one in found] == [16_384, 16_384, 7_232]
+    assert {key: text for one in found for key, text in one.items()} == texts
+    assert list(records.Text.split({})) == []
+
+
+def test_json_that_no_reader_would_take_is_not_written() -> None:
+    most = records.JSON_LIMIT
+    header = records.Header({"values": [0] * (most - 1)})
+    assert records.Header.decode(header.encode()) == header
+    with pytest.raises(FormatError, match=f"{most + 1} commas and brackets"):
+        records.Header({"values": [0] * most}).encode()
+    with pytest.raises(FormatError, match="the limits are 16777216"):
+        records.Header({"text": "a" * 2**24}).encode()
