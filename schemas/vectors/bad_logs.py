@@ -21,6 +21,7 @@ from building import (
     Run,
     begun,
     block_header,
+    crc32c,
     document,
     frame,
 )
@@ -127,6 +128,14 @@ def header_no_object() -> Bad:
 @bad("The first record is a COMMIT.")
 def header_missing() -> Bad:
     return Bad(MAGIC + frame(COMMIT, struct.pack("<QQQQB", 8, 0, 0, 0, 1), b""), 8)
+
+
+@bad("A sync marker of zeros, which would begin at each byte of a hole.")
+def sync_of_zeros() -> Bad:
+    header = document({"codecs": {"0": None}})
+    head = bytes(16) + struct.pack("<BBHIQI", HEADER, 0, 0, len(header), 0, 0)
+    record = head + struct.pack("<I", crc32c(head + header)) + header
+    return Bad(MAGIC + record + bytes(256), 8)
 
 
 @bad("The HEADER declares a codec that a reader must not run.")
@@ -554,8 +563,8 @@ _amid(
 )
 _amid(
     "commit-boundary",
-    "A COMMIT whose step boundary is 2.",
-    lambda log: log.commit(1, 1, boundary=2),
+    "A COMMIT with a flag that means nothing.",
+    lambda log: log.commit(1, 1, boundary=4),
     closed=False,
 )
 

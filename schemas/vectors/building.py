@@ -189,12 +189,18 @@ class Log:
         return offset
 
     def commit(
-        self, next_seq: int = 0, next_pass: int = 0, next_step: int = 0, boundary: int = 0
+        self,
+        next_seq: int = 0,
+        next_pass: int = 0,
+        next_step: int = 0,
+        boundary: int = 0,
+        synced: int = 0,
     ) -> int:
         """Close the group, and give the offset of the COMMIT."""
         offset = len(self.data)
         start = offset if self.start is None else self.start
-        header = struct.pack("<QQQQB", start, next_seq, next_pass, next_step, boundary)
+        flags = boundary | synced << 1
+        header = struct.pack("<QQQQB", start, next_seq, next_pass, next_step, flags)
         self.data += frame(COMMIT, header, b"".join(self.directory))
         self.commits.append(offset)
         self.directory, self.start = [], None

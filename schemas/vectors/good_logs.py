@@ -289,7 +289,7 @@ def tokens() -> Log:
     log.token(1, -7, "\ude00\ud83d", position=-1, pass_index=0, time=1.7e9)
     log.texts({"7": "new"})
     log.token(2, 2**62, "", position=2**62, pass_index=0, time=1.7e9 + 0.25)
-    log.commit(0, 1, 3, boundary=1)
+    log.commit(0, 1, 3, boundary=1, synced=1)
     log.close()
     return log
 
