@@ -400,11 +400,19 @@ def walk(file: LogFile, found: Scan, offset: int) -> Iterator[Entry]:
         except FormatError as error:
             following = _resynchronise(file, found.sync, offset + 1)
             if following is None:  # a torn tail, or the magic after END
+                if _was_closed(file, offset):
+                    found.damage.append(Damage(offset, file.size - offset, str(error)))
                 return
             found.damage.append(Damage(offset, following.offset - offset, str(error)))
             entry = following
         yield entry
         offset = entry.end
+
+
+def _was_closed(file: LogFile, offset: int) -> bool:
+    """Whether a log ends with the magic, but something else stands before it."""
+    place = file.size - len(MAGIC)
+    return offset < place and file.read(place, len(MAGIC)) == MAGIC
 
 
 def _resynchronise(file: LogFile, sync: bytes, offset: int) -> Entry | None:

@@ -247,6 +247,19 @@ def flipped_last_commit() -> Bad:
     return Bad(bytes(log.data), offset, [0], [0])
 
 
+@bad("A closed log whose last COMMIT and all behind it but the magic was overwritten by zeros.")
+def zeros_before_the_last_magic() -> Bad:
+    log = begun()
+    log.tensor(0, 1.0)
+    log.commit(1, 1)
+    log.tensor(1, 2.0)
+    offset = log.commit(2, 1)
+    log.close()
+    end = len(log.data) - len(MAGIC)
+    log.data[offset:end] = bytes(end - offset)
+    return Bad(bytes(log.data), offset, [0], [0])
+
+
 @bad("A flipped bit in the payload of a PASS.")
 def flipped_pass() -> Bad:
     log = Log()

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ import actstore
 FULL = "--full" in sys.argv[1:]
 FLIPS = 1_500
 MEGABYTES = 400
-ROUNDS = 9
+ROUNDS = 5
 
 
 def killed() -> str:
@@ -180,11 +181,7 @@ def cut() -> str:
 
 
 def verifies_fast() -> str:
-    """Compare verification with reading the raw file, both from the page cache.
-
-    Interleaved, and the best of each: what else the machine does costs the one that takes all
-    its cores more.
-    """
+    """Compare verification with reading the raw file, both from the page cache, interleaved."""
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "large.stream"
         framework = oracle.framework(codec="zstd")
@@ -206,7 +203,7 @@ def verifies_fast() -> str:
                 else:
                     assert actstore.verify(log).ok
                 times[way].append(time.perf_counter() - began)
-    raw, ours = (size / 1e9 / min(one) for one in times.values())
+    raw, ours = (size / 1e9 / median(one) for one in times.values())
     assert ours >= raw / 2, f"{ours:.1f} GB/s against {raw:.1f} GB/s of reading: {ours / raw:.2f}"
     return f"{ours:.1f} GB/s against {raw:.1f} GB/s of reading: {ours / raw:.2f}"
 
