@@ -15,7 +15,7 @@ from typing import Any
 import crc32c
 import numcodecs
 
-MAGIC = b"\x89ACS\r\n\x1a\x00"
+MAGIC = b"\x89ACS\r\n\x1a\x01"
 LAYER, FEATURES, PASS, BLOCK, TOKEN, COMMIT, PAD, INDEX, END, TEXT = range(2, 12)
 DTYPES = """0:0 bool:1 uint8:1 int8:1 uint16:2 int16:2 uint32:4 int32:4 uint64:8 int64:8 float16:2
     bfloat16:2 float32:4 float64:8 complex64:8 complex128:16 float8_e4m3fn:1 float8_e5m2:1
@@ -119,7 +119,7 @@ def having(records: list[Fields], opcode: int) -> Iterator[tuple[Cursor, Cursor]
 
 def read(path: str | Path) -> Fields:
     data, at, records, passes, packets = Path(path).read_bytes(), 8, [], {}, {}
-    check(data[:8] == MAGIC, "not a version 0 log")
+    check(data[:8] == MAGIC, "not a version 1 log")
     while record := frame(data, at):
         records.append(record)
         at = record["end"]

@@ -53,7 +53,7 @@ __all__ = [
     "encode_entries",
 ]
 
-VERSION: Final = 0
+VERSION: Final = 1
 MAGIC: Final = b"\x89ACS\r\n\x1a" + bytes([VERSION])
 HEADER_LIMIT: Final = 16 << 20  # bytes of any record's header
 PAYLOAD_LIMIT: Final = 1 << 30  # bytes of any record's payload

@@ -95,7 +95,7 @@ def short_magic() -> Bad:
 @bad("A log of version 1.")
 def other_version() -> Bad:
     data = empty_closed().data
-    return refused(bytes(data[:7] + b"\x01" + data[8:]), "UnsupportedVersionError")
+    return refused(bytes(data[:7] + b"\x02" + data[8:]), "UnsupportedVersionError")
 
 
 @bad("Cut in the HEADER.")

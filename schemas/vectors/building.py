@@ -5,7 +5,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-MAGIC = b"\x89ACS\r\n\x1a\x00"
+MAGIC = b"\x89ACS\r\n\x1a\x01"
 SYNC = bytes(range(0xA0, 0xB0))
 HEADER, LAYER, FEATURES, PASS, BLOCK, TOKEN, COMMIT, PAD, INDEX, END, TEXT = range(1, 12)
 CLOSED, ABORTED, STATUS = 1, 2, 4

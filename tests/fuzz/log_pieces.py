@@ -20,7 +20,7 @@ from mutations import INTEGERS, TEXTS, mutate_bytes, mutate_json
 from numcodecs import blosc
 
 VECTORS: Final = Path(__file__).parents[2] / "schemas" / "vectors"
-MAGIC: Final = b"\x89ACS\r\n\x1a\x00"
+MAGIC: Final = b"\x89ACS\r\n\x1a\x01"
 FRAME: Final = struct.Struct("<16sBBHIQII")
 RUN: Final = struct.Struct("<QQQIIIIIHHHH")
 BLOCK_HEAD: Final = struct.Struct("<IBBHIIII")
