@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 
 from actstore.errors import ConfigError, FormatError
 
-__all__ = ["CODECS", "NAMES", "check_config", "check_name", "decode", "encode", "plane_split"]
+__all__ = [
+    "CODECS",
+    "FRAME_BYTES",
+    "NAMES",
+    "check_config",
+    "check_name",
+    "decode",
+    "encode",
+    "plane_split",
+]
 
 Bytes = NDArray[np.uint8]
 
@@ -39,10 +48,15 @@ NAMES: Final[dict[str, int]] = {"none": 0, "lz4": 1, "zstd": 2}
 _FRAME = struct.Struct(
     "<BBBBIII"
 )  # version, versionlz, flags, typesize, nbytes, blocksize, cbytes
+_LENGTH = struct.Struct("<i")
 _VERSION, _VERSION_ZSTD = 2, 1
 _SHUFFLE, _MEMCPY, _ZSTD = 0x01, 0x02, 4 << 5
 _LEAST_PLANE = 128  # a Blosc decoder takes planes apart from this many elements a block on
 _MOST_PLANES = 16
+_SAMPLE = 4096  # elements
+_SAMPLED = 1 << 17  # elements from which on it is asked whether a plane is noise
+#: How much more memory than the data the plane-split encoder works in.
+FRAME_BYTES: Final = _FRAME.size + 4 + 4 * _MOST_PLANES
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _local = threading.local()
 
@@ -76,7 +90,9 @@ def check_config(config: Mapping[str, Any] | None) -> None:
     raise FormatError(msg)
 
 
-def encode(codec: int, data: Bytes, itemsize: int) -> tuple[int, Bytes | bytes]:
+def encode(
+    codec: int, data: Bytes, itemsize: int, out: Bytes | None = None
+) -> tuple[int, Bytes | bytes]:
     """Encode a buffer of elements.
 
     Parameters
@@ -87,6 +103,8 @@ def encode(codec: int, data: Bytes, itemsize: int) -> tuple[int, Bytes | bytes]:
         uint8 [n], contiguous.
     itemsize : int
         Bytes of one element.
+    out : numpy.ndarray, optional
+        uint8 [n + `FRAME_BYTES` or more]: memory for what is encoded, instead of fresh memory.
 
     Returns
     -------
@@ -99,8 +117,13 @@ def encode(codec: int, data: Bytes, itemsize: int) -> tuple[int, Bytes | bytes]:
         return 0, data
     if codec == 1:
         encoded = blosc.compress(data, b"lz4", 5, blosc.BITSHUFFLE, 0, itemsize)
-    else:
+        if out is not None:  # what Blosc took is let go at once, and taken again
+            out[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+            encoded = out[: len(encoded)]
+    elif out is None:
         encoded = plane_split(data, itemsize)
+    else:
+        encoded = out[: plane_split_into(out, data, itemsize)]
     return (codec, encoded) if len(encoded) < data.nbytes else (0, data)
 
 
@@ -173,33 +196,77 @@ def plane_split(data: Bytes, itemsize: int) -> bytes:
     bytes
         The frame, at most n + 16 bytes.
     """
+    out = np.empty(data.nbytes + FRAME_BYTES, np.uint8)
+    return out[: plane_split_into(out, data, itemsize)].tobytes()
+
+
+def plane_split_into(out: Bytes, data: Bytes, itemsize: int) -> int:
+    """Encode as `plane_split` does, into memory of n + `FRAME_BYTES`; give the frame's length."""
     nbytes = data.nbytes
     whole = itemsize <= _MOST_PLANES and nbytes % itemsize == 0
     if not whole or nbytes < itemsize * _LEAST_PLANE:
-        return bytes(blosc.compress(data, b"zstd", 1, blosc.SHUFFLE, nbytes, min(itemsize, 255)))
-    parts: list[Any] = [b"", struct.pack("<i", _FRAME.size + 4)]
-    compressor = _compressor()
-    for plane in _planes(data, itemsize):
-        packed: Any = compressor.compress(memoryview(plane))
-        if len(packed) >= len(plane):
-            packed = plane
-        parts += [struct.pack("<i", len(packed)), packed]
-    total = _FRAME.size + sum(map(len, parts))
+        typesize = min(itemsize, 255)
+        frame = blosc.compress(data, b"zstd", 1, blosc.SHUFFLE, nbytes, typesize)
+        out[: len(frame)] = np.frombuffer(frame, np.uint8)
+        return len(frame)
+    view, length, end = memoryview(out), nbytes // itemsize, _FRAME.size + 4
+    _LENGTH.pack_into(view, _FRAME.size, end)
+    for place in range(itemsize):
+        start = end + 4
+        end = start + _plane_into(out[start : start + length], data, itemsize, place)
+        _LENGTH.pack_into(view, start - 4, end - start)
     flags = _SHUFFLE | _ZSTD
-    if total > nbytes + _FRAME.size:
-        total, flags, parts = nbytes + _FRAME.size, _MEMCPY | _ZSTD, [b"", data]
-    parts[0] = _FRAME.pack(_VERSION, _VERSION_ZSTD, flags, itemsize, nbytes, nbytes, total)
-    return b"".join(parts)
+    if end > nbytes + _FRAME.size:
+        end, flags = nbytes + _FRAME.size, _MEMCPY | _ZSTD
+        out[_FRAME.size : end] = data
+    _FRAME.pack_into(view, 0, _VERSION, _VERSION_ZSTD, flags, itemsize, nbytes, nbytes, end)
+    return end
 
 
-def _planes(data: Bytes, itemsize: int) -> list[Bytes]:
-    """Split elements into byte planes; by shifts where there is such an integer, it is faster."""
-    if itemsize == 1:
-        return [data]
-    if itemsize in _UNSIGNED:
-        words = data.view(_UNSIGNED[itemsize])
-        return [(words >> (8 * i)).astype(np.uint8) for i in range(itemsize)]
-    return list(np.ascontiguousarray(data.reshape(-1, itemsize).T))
+def _plane_into(out: Bytes, data: Bytes, itemsize: int, place: int) -> int:
+    """Put a byte plane into memory of its size, compressed where it shrinks; give its length."""
+    length = out.nbytes
+    plane = _scratch("plane", length)
+    if length >= _SAMPLED and _is_noise(data, itemsize, place):
+        _take_plane(out, data, itemsize, place)
+        return length
+    _take_plane(plane, data, itemsize, place)
+    found = _compressor().stream_reader(memoryview(plane), size=length).readinto(memoryview(out))
+    if found == length:  # no room was left: it doesn't shrink
+        out[:] = plane
+    return found
+
+
+def _is_noise(data: Bytes, itemsize: int, place: int) -> bool:
+    """Whether samples of a byte plane don't shrink: mantissas, whose compression costs time."""
+    count = data.nbytes // itemsize
+    sample = _scratch("sample", 3 * _SAMPLE)
+    for index, start in enumerate((0, count // 2, count - _SAMPLE)):
+        piece = data[start * itemsize : (start + _SAMPLE) * itemsize]
+        _take_plane(sample[index * _SAMPLE : (index + 1) * _SAMPLE], piece, itemsize, place)
+    return len(_compressor().compress(memoryview(sample))) > 0.99 * sample.nbytes
+
+
+def _take_plane(out: Bytes, data: Bytes, itemsize: int, place: int) -> None:
+    """Copy a byte plane of elements; by shifts where there is such an integer: it is faster."""
+    if itemsize not in _UNSIGNED:
+        np.copyto(out, data[place::itemsize])
+        return
+    words = data.view(_UNSIGNED[itemsize])
+    if place:
+        words = np.right_shift(
+            words, 8 * place, out=_scratch("shifted", data.nbytes).view(words.dtype)
+        )
+    np.copyto(out, words, casting="unsafe")
+
+
+def _scratch(name: str, nbytes: int) -> Bytes:
+    """Give memory that this thread uses again."""
+    found: Bytes | None = getattr(_local, name, None)
+    if found is None or found.nbytes < nbytes:
+        found = np.empty(nbytes, np.uint8)
+        setattr(_local, name, found)
+    return found[:nbytes]
 
 
 def _compressor() -> zstandard.ZstdCompressor:

@@ -6,12 +6,13 @@ torch is imported when a model is instrumented, not before: analysing needs none
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actstore.capture.memory import Memory
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import CaptureError, ConfigError
 from actstore.stream import summary
@@ -41,6 +42,8 @@ class InstrumentationFramework:
         As given.
     summary : mapping
         What the last capture did: packets, bytes, rates, waits, layers that never fired.
+    progress : callable, optional
+        Is given a line every five seconds of a capture, by a thread of it; such as `print`.
 
     Raises
     ------
@@ -59,6 +62,8 @@ class InstrumentationFramework:
         self.summary: Mapping[str, Any] = {}
         self._models: dict[int, Instrumented] = {}
         self._running: Capture | None = None
+        self.progress: Callable[[str], None] | None = None
+        self._memory = Memory()
 
     def instrument_model(
         self,
@@ -184,7 +189,14 @@ class InstrumentationFramework:
             checkpoint_path,
             resume_from_checkpoint,
         )
-        capture = Capture(list(self._models.values()), self.config, path, options)
+        capture = Capture(
+            list(self._models.values()),
+            self.config,
+            path,
+            options,
+            memory=self._memory,
+            progress=self.progress,
+        )
         try:
             with capture as tracker:
                 self._running = capture

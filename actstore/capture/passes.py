@@ -171,9 +171,11 @@ def has_bytes(tensor: Tensor) -> bool:
     """Whether a tensor is strided and has memory: its elements can be read as they are."""
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or is_lazy(tensor):
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     kind = type(tensor)
+    if kind is not Tensor and is_lazy(tensor):
+        return False
     odd = kind is not Tensor and kind is not nn.Parameter
     if odd and (is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor)):
         return False
@@ -211,7 +213,9 @@ def _positions(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[
     before = _cached_length(arguments)
     if before is None:
         return np.full(shape, UNKNOWN, np.int64)
-    return np.broadcast_to(before + np.arange(shape[1]), shape).copy()
+    positions = np.empty(shape, np.int64)
+    positions[:] = np.arange(before, before + shape[1])
+    return positions
 
 
 def _cached_length(arguments: Mapping[str, Any]) -> int | None:
@@ -240,6 +244,8 @@ def _mask(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.bo
 
 
 def _integers(tensor: Tensor) -> NDArray[np.int64]:
+    if tensor.is_cpu and tensor.dtype is torch.int64:
+        return tensor.detach().numpy().copy()
     return tensor.detach().to("cpu", torch.int64, copy=True).numpy()
 
 

@@ -13,7 +13,7 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,7 +27,10 @@ from torch import nn
 from actstore import codecs
 from actstore.capture import place
 from actstore.capture.header import check_same_run, describe
-from actstore.capture.hooks import Choice, Hooks, Sampling
+from actstore.capture.hooks import Hooks
+from actstore.capture.memory import Memory
+from actstore.capture.meter import Meter, share_in_hooks
+from actstore.capture.outputs import Choice, Sampling
 from actstore.capture.passes import Entries, RowChoice
 from actstore.capture.pipeline import Pipeline
 from actstore.capture.select import (
@@ -144,6 +147,10 @@ class Capture:
         The log.
     options : Options
         Tracking, checkpoints and resume.
+    memory : Memory, optional
+        What captures before this one have used.
+    progress : callable, optional
+        Is given a line every five seconds, by the writer's thread.
     warns : bool
         Warn at the end of what was not captured.
 
@@ -164,8 +171,12 @@ class Capture:
         path: Path,
         options: Options,
         *,
+        memory: Memory | None = None,
+        progress: Callable[[str], None] | None = None,
         warns: bool = True,
     ) -> None:
+        self._memory = memory
+        self._progress = progress
         self._warns = warns
         self.summary: Mapping[str, Any] = {}
         self._models = models
@@ -192,9 +203,18 @@ class Capture:
                 place.move_aside(self._path, checkpoint_path)
             self._writer = stack.enter_context(StreamWriter(self._path))
             run = self._begin(header, checkpoint_path)
-            self._stage = Stage(self._config.budget, run.point, into=str(self._path))
+            self._stage = Stage(
+                self._config.budget,
+                run.point,
+                memory=self._memory,
+                into=str(self._path),
+                in_turn=_on_cores(self._models),
+            )
             self._pipeline = Pipeline(
-                self._stage, self._writer, codecs.NAMES[self._config.compression_algorithm]
+                self._stage,
+                self._writer,
+                codecs.NAMES[self._config.compression_algorithm],
+                Meter(str(self._path), self._progress),
             )
             first = self._models[0]
             sampled = granularity is HookGranularity.SAMPLED_SLICES
@@ -203,7 +223,6 @@ class Capture:
                 targets,
                 Entries(_entries(self._models)),
                 _stacks(self._models),
-                next_seq=run.point.next_seq,
                 next_pass=run.point.next_pass,
                 known=run.layers,
                 choice=Choice(
@@ -224,7 +243,6 @@ class Capture:
             self.hooks.__enter__()
             stack.callback(self._pipeline.stop)
             self._pipeline.start()
-            self._began = time.monotonic()
             atexit.register(self._at_exit)
             stack.callback(atexit.unregister, self._at_exit)
             self._open = stack.pop_all()
@@ -345,27 +363,28 @@ class Capture:
         _log.info("captured %s: %s", self._path, self.summary)
 
     def _summarise(self, kind: type[BaseException] | None) -> dict[str, Any]:
-        seconds = time.monotonic() - self._began
-        stage, hooks = self._stage, self.hooks
-        sustained = stage.raw_bytes / 1e9 / max(seconds, 1e-9)
-        target = self._config.target_throughput_gbps
-        met = sustained >= target
+        stage, hooks, meter = self._stage, self.hooks, self._pipeline.meter
+        waited = {
+            "budget": stage.waited_seconds,
+            "encoding": stage.encoding_seconds,
+            "disk": stage.syncing_seconds,
+        }
+        skipped = dict(hooks.skipped)
         return {
             "packets": hooks.packets,
+            "packets_expected": hooks.packets + sum(skipped.values()),
+            "packets_written": meter.packets,
             "passes": hooks.last_pass + 1 - hooks.first_pass,
             "tokens": len(self._tracker.tokens) if self._tracker else 0,
-            "raw_bytes": stage.raw_bytes,
-            "encoded_bytes": self._pipeline.encoded_bytes,
-            "duration_seconds": seconds,
-            "sustained_gbps": sustained,
-            "target_throughput_gbps": target,
-            "target_met": met,
-            "limited_by": None if met else ("log" if stage.waited_seconds > 0 else "model"),
+            "raw_bytes": meter.raw_bytes,
+            "encoded_bytes": meter.encoded_bytes,
+            **meter.rates(self._config.target_throughput_gbps, waited),
+            "writing_seconds": meter.writing_seconds,
             "waits": stage.waits,
-            "waited_seconds": stage.waited_seconds,
+            "share_in_hooks": share_in_hooks(hooks.layers, meter.seconds),
             "staging_high_water_bytes": stage.high_water,
             "ignored_recomputed": hooks.recomputed,
-            "skipped": dict(hooks.skipped),
+            "skipped": skipped,
             "never_fired": hooks.never_fired(),
             "fused_experts": [name for one in self._models for name in fused_experts(one.model)],
             "ended_by": kind.__name__ if kind else None,
@@ -403,11 +422,11 @@ class Capture:
             )
         if summary["skipped"]:
             told.append(f"these outputs can't be kept: {_some(list(summary['skipped']))}")
-        if summary["limited_by"] == "log":
+        if summary["limited_by"] not in (None, "model"):
             told.append(
                 f"{summary['sustained_gbps']:.3f} GB/s were reached, "
                 f"{summary['target_throughput_gbps']} wanted; the model waited "
-                f"{summary['waited_seconds']:.2f} s for the log"
+                f"{summary['waited_seconds']:.2f} s, for {summary['limited_by']} most"
             )
         for text in told:
             warnings.warn(f"capture into {self._path}: {text}", ActstoreWarning, stacklevel=5)
@@ -468,6 +487,12 @@ def _targets(models: Sequence[Instrumented], granularity: HookGranularity) -> li
                 name, site = _joined(one.name, name), f"{one.name}.{site}"
             targets.append(replace(target, name=name, site=site))
     return targets
+
+
+def _on_cores(models: Sequence[Instrumented]) -> bool:
+    """Whether models run on the cores that encoding needs, too."""
+    parameters = (parameter for one in models for parameter in one.model.parameters())
+    return all(parameter.device.type == "cpu" for parameter in parameters)
 
 
 def _entries(models: Sequence[Instrumented]) -> dict[nn.Module, tuple[str, str]]:

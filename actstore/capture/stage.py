@@ -3,6 +3,10 @@
 Bytes are copied once, into the arena of the open group; the arena is sealed with everything that
 was staged beside it, encoded, written and used again. How groups are encoded and written is
 ``pipeline.py``'s business. Knows nothing of torch: a packet comes as an address.
+
+A packet is staged as one integer, its place in the arena and its kind: what it shares with all
+packets of its layer that look like it. The rest of its description follows from where it stands
+among the others, and is worked out for whole groups at a time by ``pipeline.py``.
 """
 
 from __future__ import annotations
@@ -19,43 +23,81 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.capture.memory import Memory
 from actstore.errors import CaptureError
 from actstore.packet import LayerInfo, PassInfo, TokenRecord
+from actstore.stream.direct import PAGE, PAGED_BYTES
 from actstore.stream.records import BLOCK_LIMIT, Features, Pass
 from actstore.stream.writer import CommitPoint
 
-__all__ = ["Group", "Stage", "Staged"]
+__all__ = ["Group", "Kind", "Part", "Stage"]
 
 GROUP_BYTES: Final = 64 << 20
 FLUSH_SECONDS: Final = 1.0
-#: What the Python objects of a packet cost, counted against the group and so the budget.
-PACKET_OVERHEAD: Final = 256
 _ALIGN: Final = 64
+#: Bytes that one packet's place in the tables of its group costs, at most.
+_PACKET_OVERHEAD: Final = 128
+#: Bytes of an arena for each packet that it may hold.
+_ARENA_A_PACKET: Final = 1024
 _PARTS_LIMIT: Final = (1 << 16) - 1
-#: Group-sized shares of the budget that are kept for encoded groups and the encoder's scratch.
-_RESERVED: Final = 4
+#: Group-sized shares of the budget that are kept for the encoder's scratch and the writer.
+_RESERVED: Final = 3
+#: The most groups that are encoded and wait for the writer.
+_ENCODED_AHEAD: Final = 16
 #: Into how many groups a small budget is cut: two arenas, as much again encoded, and the scratch.
 _LEAST_SHARES: Final = 5
+#: A packet is ``place << KIND_BITS | kind``.
+KIND_BITS: Final = 32
+WHOLE, ALIAS, PARTS = range(3)
+_IDLE, _ENCODING, _WAITING = range(3)
+
+#: memmove that keeps the interpreter's lock: to let it go costs more than the copy.
+_move_small: Any = ctypes.PyDLL(None).memmove
+_move_small.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_move_small.restype = None
+_SMALL: Final = 32 << 10
 
 
-class Staged(NamedTuple):
-    """A packet, or a part of one, in the arena of its group."""
+class Kind(NamedTuple):
+    """What packets of one layer that look alike share.
+
+    Attributes
+    ----------
+    layer : int
+        The layer's id.
+    dtype : int
+        dtype code.
+    shape : tuple of int
+        Of the tensor.
+    nbytes : int
+        Of the tensor; 0 where it is an alias.
+    width : int
+        The width before sampling, or 0.
+    form : int
+        `WHOLE`, `ALIAS` of an earlier packet, or in `PARTS`.
+    """
 
     layer: int
-    seq: int
-    pass_index: int
-    call: int
     dtype: int
     shape: tuple[int, ...]
-    width: int
-    alias_back: int
+    nbytes: int
+    width: int = 0
+    form: int = WHOLE
+
+
+class Part(NamedTuple):
+    """A part of a packet that is too large for one block."""
+
+    kind: int
+    seq: int
     part: int
     parts: int
     offset: int
     nbytes: int
+    pass_index: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Group:
     """What is flushed together. Its life: open, sealed, encoded, written, free.
 
@@ -67,14 +109,27 @@ class Group:
         Where the arena begins in memory.
     opened : float
         When, by the stage's clock.
+    limit : int
+        Bytes of the arena that may be used.
+    base : int
+        The seq of its first packet; each further one's is one more.
+    kinds : list of Kind
+        What the packets' kinds are; only grows.
     used : int
         How many bytes of the arena.
-    packets : list of Staged
-        In the order of capture.
+    packets : list of int
+        In the order of capture: place << 32 | kind. The place of a whole one is its offset in
+        the arena, that of an alias how much lower the seq of the packet is whose values it has.
+    parts : list of Part
+        The bytes of packets in parts, which may begin in an earlier group.
+    starts : list of (int, int)
+        Index of a packet -> the pass that it and those behind it are of.
     layers, features, passes, texts, tokens
         What else was staged.
     point : CommitPoint
         Where the run stands at its end; set when it is sealed.
+    sealed : float
+        When, by the stage's clock.
     durable : threading.Event or None
         Set by the writer when the group is on the disk; None where nobody waits for that.
     """
@@ -82,29 +137,31 @@ class Group:
     arena: NDArray[np.uint8]
     address: int
     opened: float
+    limit: int
+    base: int
+    kinds: list[Kind]
     used: int = 0
-    packets: list[Staged] = field(default_factory=list)
+    packets: list[int] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    starts: list[tuple[int, int]] = field(default_factory=list)
     layers: list[LayerInfo] = field(default_factory=list)
     features: list[Features] = field(default_factory=list)
     passes: dict[int, Pass] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     tokens: list[TokenRecord] = field(default_factory=list)
     point: CommitPoint = field(default_factory=CommitPoint)
+    sealed: float = 0.0
     durable: threading.Event | None = None
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to write."""
-        return not (self.packets or self.passes or self.tokens or self.texts)
+        return not (self.packets or self.parts or self.passes or self.tokens or self.texts)
 
     @property
     def charge(self) -> int:
         """Bytes that it counts for, with the objects that describe its packets."""
-        return self.used + PACKET_OVERHEAD * len(self.packets)
-
-    def bytes_of(self, packet: Staged) -> NDArray[np.uint8]:
-        """Give a staged packet's bytes, as a view of the arena."""
-        return self.arena[packet.offset : packet.offset + packet.nbytes]
+        return self.used + _PACKET_OVERHEAD * (len(self.packets) + len(self.parts))
 
 
 class Stage:
@@ -118,19 +175,30 @@ class Stage:
         Where the run stands at its beginning: after a resume, not at 0.
     clock : callable
         Seconds, monotonic; tests inject their own.
+    memory : Memory
+        Where arenas come from.
     into : str
         What its errors call the log.
+    in_turn : bool
+        The model runs on the cores that the pipeline needs: encode between its passes, not beside
+        them, as far as memory allows and no group is older than a second.
 
     Attributes
     ----------
+    kinds : list of Kind
+        What packets' kinds are; only grows.
+    encoded_ahead : int
+        How many groups may be encoded and wait for the writer.
     waits : int
         How often ``put`` waited for memory.
     waited_seconds : float
         How long, in all.
+    encoding_seconds : float
+        How long the model waited between passes for what they gave to be encoded.
+    syncing_seconds : float
+        How long ``flush`` waited until everything was on the disk.
     high_water : int
         The most bytes that were staged and sealed at a time.
-    raw_bytes : int
-        Bytes that were staged in all.
     """
 
     def __init__(
@@ -138,149 +206,195 @@ class Stage:
         budget: int,
         point: CommitPoint | None = None,
         clock: Callable[[], float] = time.monotonic,
+        memory: Memory | None = None,
+        *,
         into: str = "the log",
+        in_turn: bool = False,
     ) -> None:
         self._into = into
         self.group_bytes = min(GROUP_BYTES, budget // _LEAST_SHARES)
         self.part_bytes = min(BLOCK_LIMIT, self.group_bytes // 4)
+        self._small = min(_SMALL, self.part_bytes)  # what is larger may be in parts
+        self.kinds: list[Kind] = []
         self.waits = 0
         self.waited_seconds = 0.0
+        self.encoding_seconds = 0.0
+        self.syncing_seconds = 0.0
         self.high_water = 0
-        self.raw_bytes = 0
+        self._numbers: dict[Kind, int] = {}
         self._clock = clock
-        self._changed = threading.Condition(threading.Lock())
-        self._arenas_left = max(2, budget // self.group_bytes - _RESERVED)
+        self.memory = memory or Memory()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        #: of a group's share, what its packets' descriptions don't need
+        self._arena_bytes = (
+            self.group_bytes * _ARENA_A_PACKET // (_ARENA_A_PACKET + _PACKET_OVERHEAD)
+        )
+        self._most_packets = self._arena_bytes // _ARENA_A_PACKET
+        shares = budget // self.group_bytes
+        self.encoded_ahead = min(max(shares // 4, 1), _ENCODED_AHEAD)
+        self._arenas_left = max(2, shares - _RESERVED - self.encoded_ahead)
         self._free: list[NDArray[np.uint8]] = []
         self._sealed: deque[Group] = deque()
-        self._open: Group | None = None
         point = point or CommitPoint()
-        self._next_seq, self._next_pass = point.next_seq, point.next_pass
+        self._nothing = Group(np.empty(0, np.uint8), 0, 0.0, -1, point.next_seq, self.kinds)
+        self._open = self._nothing
+        self._pass = point.next_pass - 1
+        self._next_pass = point.next_pass
         self._next_step, self._boundary = point.next_step, point.step_boundary
-        self._used_at = clock()
+        self._seen_packets = 0
         self._busy_bytes = 0
+        self._in_turn = in_turn
+        self._running = False  # a pass
+        self._encoder = _WAITING  # for its thread to start
         self._process = os.getpid()
         self._failure: BaseException | None = None
         self._closed = False
 
     # -- the hooks' side ------------------------------------------------------------------------
 
-    def put(  # noqa: PLR0913 - a packet's description, unpacked: this is the hot path
-        self,
-        seq: int,
-        layer: int,
-        address: int,
-        nbytes: int,
-        *,
-        dtype: int,
-        shape: tuple[int, ...],
-        pass_index: int,
-        call: int = 0,
-        width: int = 0,
-        alias_back: int = 0,
-    ) -> None:
+    def kind(self, kind: Kind) -> int:
+        """Give the number of a kind of packets.
+
+        Raises
+        ------
+        CaptureError
+            Its packets are too large for the budget.
+        """
+        given = kind
+        number = self._numbers.get(kind)
+        if number is None:
+            parts = self._count_parts(kind.nbytes)
+            if parts > _PARTS_LIMIT:
+                msg = (
+                    f"a tensor of {kind.nbytes} bytes (layer {kind.layer}) would be cut into "
+                    f"{parts} parts, over the limit of {_PARTS_LIMIT}; give more max_memory_gb"
+                )
+                raise CaptureError(msg)
+            if parts > 1:
+                kind = kind._replace(form=PARTS)
+            self.kinds.append(kind)
+            number = self._numbers[given] = len(self.kinds) - 1
+        return number
+
+    def put(self, kind: int, nbytes: int, address: int) -> int:
         """Copy a packet in; wait while the budget is used up.
 
         Parameters
         ----------
-        seq, layer, pass_index, call
-            As in `Packet`; the layer by its id.
-        address, nbytes : int
+        kind : int
+            Number of its kind.
+        nbytes : int
+            Its size, as its kind has it.
+        address : int
             Where its values stand, C-contiguous; they are copied before this returns.
-        dtype : int
-            dtype code.
-        shape : tuple of int
-            Of the tensor.
-        width : int
-            The width before sampling, or 0.
-        alias_back : int
-            An alias of the packet whose seq is lower by this; it has 0 bytes.
+
+        Returns
+        -------
+        int
+            Its seq.
 
         Raises
         ------
         CaptureError
             The pipeline has failed.
         """
-        parts = max(1, -(-nbytes // self.part_bytes))
-        if parts > _PARTS_LIMIT:
-            msg = (
-                f"a tensor of {nbytes} bytes (layer {layer}, pass {pass_index}) would be cut into "
-                f"{parts} parts, over the limit of {_PARTS_LIMIT}; give more max_memory_gb"
-            )
-            raise CaptureError(msg)
-        with self._changed:
-            for part in range(parts):
-                start = part * self.part_bytes
-                length = min(self.part_bytes, nbytes - start)
-                group = self._room(length)
-                offset = -(-group.used // _ALIGN) * _ALIGN
-                ctypes.memmove(group.address + offset, address + start, length)
-                group.used = offset + length
-                group.packets.append(
-                    Staged(
-                        layer, seq, pass_index, call, dtype, shape, width, alias_back,
-                        part, parts, offset, length,
-                    )
-                )  # fmt: skip
-            self.raw_bytes += nbytes
-            self._next_seq = seq + 1
-            self._used_at = self._clock()
+        with self._lock:
+            group = self._open
+            packets = group.packets
+            offset = group.used
+            count = len(packets)
+            small = nbytes < self._small and offset + nbytes <= group.limit
+            if not small or count >= self._most_packets:
+                return self._put_large(kind, nbytes, address)
+            _move_small(group.address + offset, address, nbytes)
+            group.used = (offset + nbytes + _ALIGN - 1) & -_ALIGN
+            packets.append(offset << KIND_BITS | kind)
+            return group.base + count
+
+    def put_alias(self, kind: int, seq: int) -> int:
+        """Stage a packet that has the values of an earlier one of its pass; give its seq.
+
+        Parameters
+        ----------
+        kind : int
+            Number of its kind, which has no bytes.
+        seq : int
+            The earlier packet's.
+        """
+        with self._lock:
+            group = self._room(0)
+            mine = group.base + len(group.packets)
+            group.packets.append((mine - seq) << KIND_BITS | kind)
+            return mine
 
     def same_bytes(self, seq: int, address: int, nbytes: int) -> bool:
         """Tell whether a packet staged whole in the open group has exactly these bytes."""
-        with self._changed:
+        with self._lock:
             group = self._open
-            if group is None:
+            index = seq - group.base
+            if not 0 <= index < len(group.packets):
                 return False
-            found = next((one for one in reversed(group.packets) if one.seq == seq), None)
-            if found is None or found.parts > 1 or found.nbytes != nbytes:
+            offset, number = divmod(group.packets[index], 1 << KIND_BITS)
+            kind = self.kinds[number]
+            if kind.form != WHOLE or kind.nbytes != nbytes:
                 return False
             given: Any = (ctypes.c_ubyte * nbytes).from_address(address)
-            return bool(np.array_equal(group.bytes_of(found), np.frombuffer(given, np.uint8)))
+            staged = group.arena[offset : offset + nbytes]
+            return bool(np.array_equal(staged, np.frombuffer(given, np.uint8)))
 
     def add_layer(self, info: LayerInfo) -> None:
         """Stage a layer's description, before its first packet."""
-        with self._changed:
+        with self._lock:
             self._room(0).layers.append(info)
 
     def add_features(self, features: Features) -> None:
         """Stage which features of a width are kept, before the first packet of that width."""
-        with self._changed:
+        with self._lock:
             self._room(0).features.append(features)
 
     def begin_pass(self, info: PassInfo, texts: dict[int, str] | None = None) -> None:
-        """Stage a pass's inputs."""
-        with self._changed:
+        """Stage a pass's inputs: the packets that follow are of it."""
+        with self._lock:
             group = self._room(0)
             group.passes[info.index] = Pass(info, closed=False)
             group.texts.update(texts or {})
+            group.starts.append((len(group.packets), info.index))
+            self._pass, self._running = info.index, True
             self._next_pass, self._boundary = info.index + 1, False
-            self._used_at = self._clock()
 
     def update_pass(self, info: PassInfo, texts: dict[int, str] | None = None) -> None:
         """Stage a pass's inputs again, with axes that became known while it runs."""
-        with self._changed:
+        with self._lock:
             group = self._room(0)
             group.passes[info.index] = Pass(info, closed=False)
             group.texts.update(texts or {})
 
     def end_pass(self, index: int, *, aborted: bool, flush: bool) -> None:
         """Say how a pass ended; with ``flush``, seal the group if it is due."""
-        with self._changed:
+        with self._lock:
             group = self._room(0)
             known = group.passes.get(index)
             info = known.info if known else PassInfo(index)
-            ended = Pass(replace(info, aborted=aborted), closed=True, status_only=known is None)
+            if aborted:
+                info = replace(info, aborted=True)
+            ended = Pass(info, closed=True, status_only=known is None)
             group.passes[index] = ended
+            self._running = False
             if flush:
                 self._seal_if_due()
+            if self._in_turn:
+                self._let_encode()
 
     def add_token(self, record: TokenRecord) -> None:
         """Stage a recorded token, and seal the group if it is due."""
         self._check_process()
-        with self._changed:
+        with self._lock:
             self._room(0).tokens.append(record)
             self._next_step, self._boundary = record.step + 1, True
             self._seal_if_due()
+            if self._in_turn:
+                self._let_encode()
 
     def flush(self) -> None:
         """Seal what is open; return when everything is on the disk.
@@ -290,21 +404,25 @@ class Stage:
         CaptureError
             The pipeline has failed.
         """
-        with self._changed:
+        with self._lock:
             group = self._room(0)
             group.durable = threading.Event()
             self._seal()
+        began = self._clock()
         while not group.durable.wait(0.2):
-            with self._changed:
+            with self._lock:
                 self._check()
-        with self._changed:
+        self.syncing_seconds += self._clock() - began
+        with self._lock:
             self._check()
 
     def close(self) -> None:
         """Seal what is open and tell the pipeline that nothing follows."""
-        with self._changed:
-            if self._failure is None and self._open is not None and not self._open.empty:
+        with self._lock:
+            if self._failure is None and not self._open.empty:
                 self._seal()
+            self._nothing.base = self.packets
+            self._open = self._nothing
             self._closed = True
             self._changed.notify_all()
 
@@ -316,24 +434,42 @@ class Stage:
         While it waits it is the timer: a group that has been open for a second while the model
         idles is sealed.
         """
-        with self._changed:
-            while not self._sealed and not self._closed:
+        with self._lock:
+            self._encoder = _IDLE
+            self._changed.notify_all()
+            while not self._closed and not self._may_encode():
                 if not self._changed.wait(timeout):
                     self._seal_if_idle()
+            self._encoder = _ENCODING
             return self._sealed.popleft() if self._sealed else None
+
+    def encoder_waits(self) -> None:
+        """Say that the group that was taken is encoded, and can't be handed on yet."""
+        with self._lock:
+            self._encoder = _WAITING
+            self._changed.notify_all()
 
     def release(self, group: Group) -> None:
         """Take back the arena of a group whose bytes are no longer needed."""
-        with self._changed:
+        with self._lock:
             self._busy_bytes -= group.charge
             self._free.append(group.arena)
             group.packets = []
+            group.parts = []
             self._changed.notify_all()
+
+    def let_go(self) -> None:
+        """Give the arenas back to where they came from; the pipeline must have ended."""
+        with self._lock:
+            while self._free:
+                self.memory.give_back(self._free.pop())
 
     def fail(self, error: BaseException) -> None:
         """Let every later call, and everyone who waits, raise a `CaptureError`."""
-        with self._changed:
+        with self._lock:
             self._failure = self._failure or error
+            if self._open is not self._nothing:  # the fast way of put looks at the group alone
+                self._open.limit = -1
             self._changed.notify_all()
 
     @property
@@ -354,6 +490,11 @@ class Stage:
             "the log and can be read or resumed"
         )
 
+    @property
+    def packets(self) -> int:
+        """The seq that the next packet gets."""
+        return self._open.base + len(self._open.packets)
+
     def _check_process(self) -> None:
         """Refuse a forked child, before the lock: who holds it may not exist here."""
         if self.forked:
@@ -362,20 +503,56 @@ class Stage:
 
     # -- under the lock -------------------------------------------------------------------------
 
+    def _count_parts(self, nbytes: int) -> int:
+        return max(1, -(-nbytes // self.part_bytes))
+
+    def _put_large(self, kind: int, nbytes: int, address: int) -> int:
+        parts = self._count_parts(nbytes)
+        if parts == 1:
+            group = self._room(nbytes)
+            offset = self._copy(group, nbytes, address)
+            group.packets.append(offset << KIND_BITS | kind)
+            return group.base + len(group.packets) - 1
+        group = self._room(0)
+        seq = group.base + len(group.packets)
+        group.packets.append(kind)  # from here on its seq is taken
+        for part in range(parts):
+            start = part * self.part_bytes
+            length = min(self.part_bytes, nbytes - start)
+            group = self._room(length)
+            offset = self._copy(group, length, address + start)
+            group.parts.append(Part(kind, seq, part, parts, offset, length, self._pass))
+        return seq
+
+    def _copy(self, group: Group, nbytes: int, address: int) -> int:
+        """Copy bytes to the arena's next place; give its offset."""
+        offset = group.used
+        if nbytes >= PAGED_BYTES:
+            offset = (offset + PAGE - 1) & -PAGE
+        ctypes.memmove(group.address + offset, address, nbytes)
+        group.used = (offset + nbytes + _ALIGN - 1) & -_ALIGN
+        return offset
+
     def _room(self, nbytes: int) -> Group:
         """Give the open group, with room for so many bytes; open one where there is none."""
         self._check()
         group = self._open
-        if group is not None:
-            full = group.used + _ALIGN + nbytes > group.arena.nbytes
-            if not full and group.charge < self.group_bytes:
+        if group is not self._nothing:
+            needed = nbytes + PAGE if nbytes >= PAGED_BYTES else nbytes
+            described = len(group.packets) + len(group.parts)
+            if group.used + needed <= group.limit and described < self._most_packets:
                 return group
             if group.empty:
                 return group
             self._seal()
         arena = self._arena()
-        self._open = Group(arena, arena.ctypes.data, self._clock())
-        return self._open
+        limit = arena.nbytes
+        group = Group(
+            arena, arena.ctypes.data, self._clock(), limit, self._nothing.base, self.kinds
+        )
+        group.starts.append((0, self._pass))
+        self._open = group
+        return group
 
     def _arena(self) -> NDArray[np.uint8]:
         if not self._free and not self._arenas_left:
@@ -388,13 +565,37 @@ class Stage:
         if self._free:
             return self._free.pop()
         self._arenas_left -= 1
-        return np.empty(self.group_bytes + _ALIGN, np.uint8)
+        return self.memory.take(self._arena_bytes)
+
+    def _may_encode(self) -> bool:
+        if not self._sealed:
+            return False
+        scarce = not self._free and self._arenas_left <= 1
+        waited = self._clock() - self._sealed[0].sealed >= FLUSH_SECONDS
+        return not self._in_turn or not self._running or scarce or waited
+
+    def _let_encode(self) -> None:
+        """Wait until what is sealed is encoded, or the encoder waits for the disk."""
+        if not self._sealed and self._encoder != _ENCODING:
+            return
+        began = self._clock()
+        self._changed.notify_all()
+        while self._failure is None and (
+            self._encoder == _ENCODING or (self._encoder == _IDLE and self._sealed)
+        ):
+            self._changed.wait()
+        self.encoding_seconds += self._clock() - began
 
     def _seal(self) -> None:
-        group, self._open = self._open, None
-        if group is None:
+        group = self._open
+        if group is self._nothing:
             return
-        group.point = CommitPoint(self._next_seq, self._next_pass, self._next_step, self._boundary)
+        self._nothing.base = group.base + len(group.packets)
+        self._open = self._nothing
+        group.point = CommitPoint(
+            self._nothing.base, self._next_pass, self._next_step, self._boundary
+        )
+        group.sealed = self._clock()
         self._sealed.append(group)
         self._busy_bytes += group.charge
         self.high_water = max(self.high_water, self._busy_bytes)
@@ -402,11 +603,13 @@ class Stage:
 
     def _seal_if_due(self) -> None:
         group = self._open
-        if group and not group.empty and self._clock() - group.opened >= FLUSH_SECONDS:
+        if not group.empty and self._clock() - group.opened >= FLUSH_SECONDS:
             self._seal()
 
     def _seal_if_idle(self) -> None:
-        if self._clock() - self._used_at >= FLUSH_SECONDS:
+        """Seal a group that is due, where no packet came since this was asked before."""
+        before, self._seen_packets = self._seen_packets, self.packets
+        if before == self._seen_packets:
             self._seal_if_due()
 
     def _check(self) -> None:

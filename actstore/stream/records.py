@@ -168,6 +168,11 @@ class Record:
         return cls(opcode, header, parts, crc)
 
     @property
+    def head_length(self) -> int:
+        """Bytes of the frame and the header."""
+        return _FRAME.size + len(self.header)
+
+    @property
     def payload_length(self) -> int:
         """Bytes of the payload."""
         return sum(map(len, self.payload))
@@ -459,38 +464,50 @@ class Block:
 
     _HEAD: ClassVar[struct.Struct] = struct.Struct("<IBBHIIII")
     _RUN: ClassVar[struct.Struct] = struct.Struct("<QQQIIIIIHHHH")
+    #: The same, as rows of an array.
+    RUN: ClassVar[np.dtype[np.void]] = np.dtype(
+        [
+            *((name, "<u8") for name in ("seq", "pass_index", "back")),
+            *((name, "<u4") for name in ("count", "seq_step", "pass_step", "call", "call_step")),
+            *((name, "<u2") for name in ("shape", "part", "parts", "reserved")),
+        ]
+    )
 
     def encode(self) -> bytes:
         """Give the record's header."""
-        head = self._HEAD.pack(
-            self.layer,
-            self.codec,
-            self.dtype,
-            0,
-            self.width,
-            self.raw_length,
-            len(self.shapes),
-            len(self.runs),
-        )
-        shapes = [struct.pack(f"<B{len(shape)}Q", len(shape), *shape) for shape in self.shapes]
-        runs = [
-            self._RUN.pack(
-                run.seq,
-                run.pass_index,
-                run.alias_back,
-                run.count,
-                run.seq_step,
-                run.pass_step,
-                run.call,
-                run.call_step,
-                run.shape,
-                run.part,
-                run.parts,
-                0,
+        rows = [
+            (
+                *(run.seq, run.pass_index, run.alias_back, run.count),
+                *(run.seq_step, run.pass_step, run.call, run.call_step),
+                *(run.shape, run.part, run.parts, 0),
             )
             for run in self.runs
         ]
-        return b"".join((head, *shapes, *runs))
+        about = (self.layer, self.codec, self.dtype, self.width, self.raw_length)
+        return self.encode_runs(about, self.shapes, np.array(rows, self.RUN))
+
+    @classmethod
+    def encode_runs(
+        cls,
+        about: tuple[int, int, int, int, int],
+        shapes: Sequence[tuple[int, ...]],
+        runs: NDArray[np.void],
+    ) -> bytes:
+        """Give the header of a record whose runs are rows of `RUN`.
+
+        Parameters
+        ----------
+        about : tuple of int
+            Layer, codec, dtype, width, raw length.
+        shapes : sequence of tuple of int
+            Those that the runs name by index.
+        runs : numpy.ndarray
+            Of dtype `RUN`.
+        """
+        layer, codec, dtype, width, raw_length = about
+        head = cls._HEAD.pack(layer, codec, dtype, 0, width, raw_length, len(shapes), runs.size)
+        packed = [struct.pack(f"<B{len(shape)}Q", len(shape), *shape) for shape in shapes]
+        return b"".join((head, *packed, runs.tobytes()))
 
     @classmethod
     def decode(cls, header: bytes) -> Self:

@@ -19,12 +19,16 @@ from typing import Any, Final, Self
 from actstore import files
 from actstore.errors import ConfigError
 from actstore.stream import records
-from actstore.stream.records import Commit, Header, Index, Opcode, Record
+from actstore.stream.direct import PAGE, DirectFile, paged
+from actstore.stream.records import Commit, Entry, Frame, Header, Index, Opcode, Record
 
 __all__ = ["CommitPoint", "StreamWriter"]
 
 SYNC_SECONDS: Final = 30.0
 SYNC_BYTES: Final = 1 << 30
+#: From this payload on, a group is written past the page cache.
+DIRECT_BYTES: Final = 1 << 20
+_ZEROS: Final = bytes(2 * PAGE)
 _IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
 
 
@@ -74,6 +78,9 @@ class StreamWriter:
         self._commits: list[int] = []
         self._synced_at = 0.0
         self._synced_offset = 0
+        self._buffered = False  # something since the last sync
+        self._direct: DirectFile | None = None
+        self._tries_direct = True
 
     def __enter__(self) -> Self:
         # O_APPEND: if something cuts the file, what follows leaves no hole that hides it
@@ -136,21 +143,28 @@ class StreamWriter:
             The file system refuses; the log is readable up to the COMMIT before.
         """
         self._check_file()
+        payload = sum(record.payload_length for record in group)
+        direct = self._direct_file() if payload >= DIRECT_BYTES else None
         start = self.offset
-        buffers: list[Any] = []
+        if direct is not None:
+            self._write(_Layout(start, self._sync).pad().buffers)
+            if self._buffered:  # what follows on the disk must not come there before it
+                self.sync()
+        layout = _Layout(self.offset, self._sync)
         entries = []
-        at = start
         for record in group:
-            entries.append(record.entry(at))
-            buffers += [record.frame(self._sync), *record.payload]
-            at = entries[-1].end
+            if direct is not None and any(map(paged, record.payload)):
+                layout.pad(record.head_length)
+            entries.append(layout.add(record))
         directory = records.encode_entries(entries)
         numbers = (point.next_seq, point.next_pass, point.next_step, point.step_boundary)
-        head = Commit(start, *numbers, synced=start == self._synced_offset)
+        head = Commit(start, *numbers, synced=start <= self._synced_offset)
         commit = Record.of(Opcode.COMMIT, head.encode(), directory)
-        buffers += [commit.frame(self._sync), *commit.payload]
-        self._write(buffers)
-        self._commits.append(at)
+        if direct is not None:
+            layout.pad(commit.head_length + commit.payload_length)
+        offset = layout.add(commit).offset
+        self._write(layout.buffers, direct)
+        self._commits.append(offset)
         late = self._clock() - self._synced_at >= SYNC_SECONDS
         if late or self.offset - self._synced_offset >= SYNC_BYTES:
             self.sync()
@@ -168,6 +182,7 @@ class StreamWriter:
         self._check_file()
         self._synced_at = self._clock()
         self._synced_offset = self.offset
+        self._buffered = False
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close the log cleanly: INDEX, END, magic; durable on return."""
@@ -214,15 +229,53 @@ class StreamWriter:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
 
-    def _write(self, buffers: Sequence[Any]) -> None:
+    def _direct_file(self) -> DirectFile | None:
+        """Give what writes past the page cache; None where the file system can't."""
+        if self._direct is None and self._tries_direct:
+            self._tries_direct = False
+            with contextlib.suppress(OSError):
+                self._direct = DirectFile(self._descriptor)
+        return self._direct if self._direct is not None and self._direct.works else None
+
+    def _write(self, buffers: Sequence[Any], direct: DirectFile | None = None) -> None:
         pending = [memoryview(part).cast("B") for part in buffers if len(part)]
+        if direct is not None:
+            with self._using():
+                direct.write(pending)
+            self.offset += sum(map(len, pending))
+            return
         first = 0
         while first < len(pending):
             with self._using() as descriptor:
                 written = os.writev(descriptor, pending[first : first + _IOV_MAX])
+            self._buffered = True
             self.offset += written
             while first < len(pending) and written >= len(pending[first]):
                 written -= len(pending[first])
                 first += 1
             if written:
                 pending[first] = pending[first][written:]
+
+
+class _Layout:
+    """Records one behind the other, from an offset of the file on."""
+
+    def __init__(self, offset: int, sync: bytes) -> None:
+        self.buffers: list[Any] = []
+        self._at = offset
+        self._sync = sync
+
+    def add(self, record: Record) -> Entry:
+        """Put a record behind those before; say where it is."""
+        entry = record.entry(self._at)
+        self.buffers += [record.frame(self._sync), *record.payload]
+        self._at = entry.end
+        return entry
+
+    def pad(self, following: int = 0) -> Self:
+        """Fill up, so that what comes that many bytes later begins at a page."""
+        gap = -(self._at + following) % PAGE
+        if gap:
+            gap += PAGE if gap < Frame.SIZE else 0
+            self.add(Record.of(Opcode.PAD, b"", _ZEROS[: gap - Frame.SIZE]))
+        return self

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,8 +23,9 @@ from numpy.typing import NDArray
 
 import actstore
 from actstore import codecs, dtypes
-from actstore.capture.pipeline import Pipeline, encode
-from actstore.capture.stage import FLUSH_SECONDS, Group, Stage
+from actstore.capture.encoding import Calls, encode
+from actstore.capture.pipeline import Pipeline
+from actstore.capture.stage import ALIAS, FLUSH_SECONDS, Group, Kind, Stage
 from actstore.errors import CaptureError
 from actstore.packet import LayerInfo, PassInfo, TokenRecord
 from actstore.stream import table
@@ -50,8 +52,8 @@ class Clock:
 class Watched(threading.Condition):
     """A condition that says when somebody waits for it."""
 
-    def __init__(self) -> None:
-        super().__init__(threading.Lock())
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage._lock)
         self.waiting = threading.Event()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -62,14 +64,18 @@ class Watched(threading.Condition):
 class Expired(threading.Condition):
     """A condition whose every wait times out, until there were too many."""
 
-    def __init__(self, most: int = 3) -> None:
-        super().__init__(threading.Lock())
-        self.left = most
+    def __init__(self, stage: Stage, meanwhile: Callable[[], None] = lambda: None) -> None:
+        super().__init__(stage._lock)
+        self.left = 3
+        self.meanwhile = meanwhile
 
     def wait(self, timeout: float | None = None) -> bool:
         self.left -= 1
         if self.left < 0:
             raise TimeoutError
+        self.release()
+        self.meanwhile()
+        self.acquire()
         return False
 
 
@@ -97,12 +103,27 @@ class Gate(StreamWriter):
         self.synced.append(self.appended)
 
 
-def put(stage: Stage, seq: int, values: NDArray[Any], layer: int = 0, **how: Any) -> None:
+def put(
+    stage: Stage,
+    seq: int,
+    values: NDArray[Any],
+    layer: int = 0,
+    *,
+    pass_index: int = 0,
+    width: int = 0,
+    alias_of: int | None = None,
+) -> None:
     """Put a packet as the hooks do."""
     values = np.ascontiguousarray(values).reshape(values.shape)
-    how = {"pass_index": 0, "shape": values.shape} | how
+    if stage._pass != pass_index:
+        stage.begin_pass(PassInfo(pass_index))
     code = dtypes.from_name(values.dtype.name).code
-    stage.put(seq, layer, values.ctypes.data, values.nbytes, dtype=code, **how)
+    kind = Kind(layer, code, values.shape, values.nbytes, width)
+    if alias_of is not None:
+        alias = stage.kind(kind._replace(nbytes=0, form=ALIAS))
+        assert stage.put_alias(alias, alias_of) == seq
+    else:
+        assert stage.put(stage.kind(kind), values.nbytes, values.ctypes.data) == seq
 
 
 def noise(seed: int, count: int) -> NDArray[np.uint8]:
@@ -177,7 +198,7 @@ def test_stage_pipeline_and_tracker_need_no_torch() -> None:
 @pytest.mark.parametrize("budget", [MIB, 3 * MIB, 5 * MIB + 12345, 300 * MIB])
 def test_arenas_never_exceed_the_budget(budget: int) -> None:
     stage = Stage(budget)
-    watched = stage._changed = Watched()
+    watched = stage._changed = Watched(stage)
     piece = noise(0, stage.group_bytes // 3)
     arenas: dict[int, int] = {}
     done = threading.Event()
@@ -215,7 +236,7 @@ def test_everything_staged_sealed_and_encoded_stays_within_the_budget(
     tracemalloc.start()
     try:
         stage = Stage(budget)
-        watched = stage._changed = Watched()
+        watched = stage._changed = Watched(stage)
 
         def produce() -> None:
             describe(stage)
@@ -235,7 +256,7 @@ def test_everything_staged_sealed_and_encoded_stays_within_the_budget(
 def test_put_waits_for_memory_and_goes_on_when_there_is_some(tmp_path: Path) -> None:
     clock = Clock()
     stage = Stage(MIB, clock=clock)
-    watched = stage._changed = Watched()
+    watched = stage._changed = Watched(stage)
     pieces = [noise(seed, stage.group_bytes // 2) for seed in range(12)]
     writer = started(tmp_path / "gen.stream")
     done = threading.Event()
@@ -262,12 +283,12 @@ def test_put_waits_for_memory_and_goes_on_when_there_is_some(tmp_path: Path) -> 
 
 def test_a_stage_with_memory_to_spare_does_not_wait(tmp_path: Path) -> None:
     stage = Stage(64 * MIB)
-    with pipeline(stage, started(tmp_path / "gen.stream")):
+    with pipeline(stage, started(tmp_path / "gen.stream")) as one:
         describe(stage)
         for seq in range(8):
             put(stage, seq, noise(seq, MIB // 4))
     assert (stage.waits, stage.waited_seconds) == (0, 0.0)
-    assert stage.raw_bytes == 2 * MIB
+    assert one.meter.raw_bytes == 2 * MIB
 
 
 # -- when groups are sealed ---------------------------------------------------------------------
@@ -281,7 +302,7 @@ def test_a_group_is_sealed_when_it_is_full() -> None:
         put(stage, seq, noise(seq, size))
     stage.close()
     first, second = drain(stage)
-    assert stage.group_bytes - size < first.used <= stage.group_bytes
+    assert first.arena.nbytes - size < first.used <= first.arena.nbytes < stage.group_bytes
     assert len(first.packets) + len(second.packets) == count
     assert first.point.next_seq == len(first.packets)
     assert second.point.next_seq == count
@@ -289,12 +310,17 @@ def test_a_group_is_sealed_when_it_is_full() -> None:
 
 def test_packets_of_few_bytes_count_by_what_describes_them() -> None:
     stage = Stage(4 * MIB)
-    for seq in range(6000):
-        put(stage, seq, np.zeros(0, np.float32))
+    values = np.zeros(0, np.float32)
+    tracemalloc.start()
+    for seq in range(1200):
+        put(stage, seq, values)
+    tables = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
     stage.close()
-    groups = drain(stage)
-    assert len(groups) > 1
-    assert max(len(group.packets) for group in groups) <= stage.group_bytes // 256 + 1
+    first, second = drain(stage)
+    tables -= first.arena.nbytes + second.arena.nbytes
+    assert first.arena.nbytes + tables * len(first.packets) / 1200 < stage.group_bytes
+    assert first.charge <= stage.group_bytes
 
 
 @pytest.mark.parametrize("how", ["end_pass", "add_token"])
@@ -320,7 +346,7 @@ def test_a_group_is_sealed_a_second_after_it_was_opened(how: str) -> None:
     end(1)
     group = stage.take()
     assert group is not None
-    assert [one.seq for one in group.packets] == [0, 1]
+    assert (group.base, len(group.packets)) == (0, 2)
     assert group.point == CommitPoint(2, 2, 2 * (how == "add_token"), how == "add_token")
 
 
@@ -338,23 +364,20 @@ def test_the_timer_seals_what_an_idle_model_left() -> None:
     stage = Stage(64 * MIB, clock=clock)
     stage.begin_pass(PassInfo(0))
     put(stage, 0, np.ones(3, np.float32))
-    stage._changed = Expired()
+    stage._changed = Expired(stage)
     clock.now += FLUSH_SECONDS
     group = stage.take()
     assert group is not None
-    assert [one.seq for one in group.packets] == [0]
+    assert (group.base, len(group.packets)) == (0, 1)
     assert not group.point.step_boundary
 
 
-@pytest.mark.parametrize("step", [0.9, 0.0])
-def test_the_timer_leaves_the_group_of_a_busy_model_alone(step: float) -> None:
+def test_the_timer_leaves_the_group_of_a_busy_model_alone() -> None:
     clock = Clock()
     stage = Stage(64 * MIB, clock=clock)
     put(stage, 0, np.ones(3, np.float32))
     clock.now += 5
-    put(stage, 1, np.ones(3, np.float32))
-    clock.now += step
-    stage._changed = Expired()
+    stage._changed = Expired(stage, lambda: put(stage, stage.packets, np.ones(3, np.float32)))
     with pytest.raises(TimeoutError):
         stage.take()
     assert not stage._sealed
@@ -364,7 +387,7 @@ def test_the_timer_writes_no_empty_groups() -> None:
     clock = Clock()
     stage = Stage(64 * MIB, clock=clock)
     stage.add_layer(LayerInfo(0, "layer", "site"))
-    stage._changed = Expired()
+    stage._changed = Expired(stage)
     clock.now += 100
     with pytest.raises(TimeoutError):
         stage.take()
@@ -443,9 +466,9 @@ def test_a_packet_of_too_many_parts_is_refused_and_harms_nothing(tmp_path: Path)
     with pipeline(stage, started(tmp_path / "gen.stream")):
         describe(stage)
         with pytest.raises(CaptureError, match="max_memory_gb"):
-            stage.put(0, 0, 0, 1 << 40, dtype=2, shape=(1 << 40,), pass_index=0)
-        put(stage, 1, noise(0, 10))
-    assert_reads_as(tmp_path / "gen.stream", [noise(0, 10)], first=1)
+            stage.kind(Kind(0, 2, (1 << 40,), 1 << 40))
+        put(stage, 0, noise(0, 10))
+    assert_reads_as(tmp_path / "gen.stream", [noise(0, 10)])
 
 
 def test_an_interrupt_while_a_packet_waits_costs_that_packet_alone(tmp_path: Path) -> None:
@@ -475,7 +498,7 @@ def test_an_interrupt_while_a_packet_waits_costs_that_packet_alone(tmp_path: Pat
 
 def test_a_failing_writer_surfaces_from_the_next_put(tmp_path: Path) -> None:
     stage = Stage(MIB)
-    watched = stage._changed = Watched()
+    watched = stage._changed = Watched(stage)
     writer = started(tmp_path / "gen.stream")
     writer.error = OSError(errno.ENOSPC, "no space left")
 
@@ -594,9 +617,9 @@ def _blocks(records: Sequence[Record]) -> list[BlockPlace]:
 MIXED = [
     (0, np.arange(300, dtype=np.float32), {}),
     (1, np.zeros((4, 5), np.float16), {}),
-    (0, np.arange(7, dtype=np.int64), {"call": 1}),
+    (0, np.arange(7, dtype=np.int64), {}),
     (0, np.arange(300, dtype=np.float32), {"pass_index": 1}),
-    (2, np.zeros((0, 3), np.uint8), {}),
+    (2, np.zeros((0, 3), np.uint8), {"pass_index": 1}),
     (2, np.ones((), np.float64), {"pass_index": 1}),
     (1, np.zeros((2, 5), np.float16), {"width": 50, "pass_index": 1}),
 ]
@@ -606,16 +629,17 @@ MIXED = [
 def test_encode_is_pure(codec: int) -> None:
     group = _group(MIXED)
     before = group.arena[: group.used].tobytes(), list(group.packets), group.point
-    first = [_flat(one) for one in encode(group, codec, MIB)]
+    first = [_flat(one) for one in encode(group, codec, MIB, Calls()).records]
     with ThreadPoolExecutor(3) as pool:
-        second = [_flat(one) for one in encode(group, codec, MIB, pool.map)]
+        second = [_flat(one) for one in encode(group, codec, MIB, Calls(), pool.map).records]
     assert first == second
     assert (group.arena[: group.used].tobytes(), list(group.packets), group.point) == before
 
 
 @pytest.mark.parametrize("codec", [0, 1, 2])
 def test_the_blocks_of_a_group_decode_to_its_packets(codec: int) -> None:
-    records = encode(_group(MIXED), codec, MIB)
+    records, count, raw_bytes = encode(_group(MIXED), codec, MIB, Calls())
+    assert (count, raw_bytes) == (len(MIXED), sum(one.nbytes for _, one, _ in MIXED))
     opcodes = [one.opcode for one in records]
     assert opcodes == sorted(opcodes, key=[2, 3, 4, 11, 5, 6].index)
     places = _blocks(records)
@@ -632,14 +656,15 @@ def test_the_blocks_of_a_group_decode_to_its_packets(codec: int) -> None:
         assert rows.layer[row] == layer
         assert rows.shapes[rows.shape[row]] == values.shape
         assert dtypes.from_code(rows.dtype[row]).numpy == values.dtype
-        found = {name: getattr(rows, name)[row] for name in ("call", "pass_index", "width")}
-        assert found == {"call": 0, "pass_index": 0, "width": 0} | how
+        found = {name: getattr(rows, name)[row] for name in ("pass_index", "width")}
+        assert found == {"pass_index": 0, "width": 0} | how
+    assert rows.call.tolist() == [0, 0, 1, 0, 0, 1, 0]
     assert rows.encoded.sum() == sum(map(len, payloads))
 
 
 def test_blocks_hold_at_most_the_bytes_they_are_told_to() -> None:
     group = _group([(0, noise(seed, 1000), {}) for seed in range(10)])
-    places = _blocks(encode(group, 0, 2500))
+    places = _blocks(encode(group, 0, 2500, Calls()).records)
     assert [place.block.raw_length for place in places] == [2000] * 5
 
 
@@ -647,9 +672,8 @@ def test_blocks_hold_at_most_the_bytes_they_are_told_to() -> None:
 @given(
     st.lists(
         st.tuples(
-            st.integers(1, 3),  # step of seq
+            st.integers(0, 2),  # layer
             st.integers(0, 2),  # step of pass
-            st.integers(0, 3),  # call
             st.sampled_from([(), (1,), (2, 3)]),
             st.booleans(),  # an alias of the packet before
         ),
@@ -659,19 +683,20 @@ def test_blocks_hold_at_most_the_bytes_they_are_told_to() -> None:
 )
 def test_runs_cover_whatever_is_captured(steps: list[tuple[Any, ...]]) -> None:
     stage = Stage(64 * MIB)
-    wanted, seq, index = [], 0, 0
-    for seq_step, pass_step, call, shape, alias in steps:
-        seq, index = seq + seq_step, index + pass_step
-        back = 1 if alias else 0
-        values = np.zeros(0 if alias else shape, np.int16)
-        put(stage, seq, values, shape=shape, pass_index=index, call=call, alias_back=back)
-        wanted.append((seq, index, call, shape, seq - 1 if alias else -1))
+    wanted, index, calls = [], 0, Counter[tuple[int, int]]()
+    for seq, (layer, pass_step, shape, alias) in enumerate(steps):
+        index += pass_step
+        of = seq - 1 if alias and seq else None
+        put(stage, seq, np.zeros(shape, np.int16), layer, pass_index=index, alias_of=of)
+        alias_of = -1 if of is None else of
+        wanted.append((seq, layer, index, calls[layer, index], shape, alias_of))
+        calls[layer, index] += 1
     stage.close()
     (group,) = drain(stage)
-    rows = table.build(_blocks(encode(group, 0, MIB)))
+    rows = table.build(_blocks(encode(group, 0, MIB, Calls()).records))
     shapes = [rows.shapes[one] for one in rows.shape]
-    found = zip(rows.seq, rows.pass_index, rows.call, shapes, rows.alias_of, strict=True)
-    assert list(found) == wanted
+    columns = (rows.seq, rows.layer, rows.pass_index, rows.call, shapes, rows.alias_of)
+    assert list(zip(*columns, strict=True)) == wanted
 
 
 def test_runs_of_generation_take_a_run_a_layer() -> None:
@@ -681,7 +706,7 @@ def test_runs_of_generation_take_a_run_a_layer() -> None:
             put(stage, 4 * step + layer, np.zeros((1, 8), np.float16), layer, pass_index=step)
     stage.close()
     (group,) = drain(stage)
-    places = _blocks(encode(group, 1, MIB))
+    places = _blocks(encode(group, 1, MIB, Calls()).records)
     assert [len(place.block.runs) for place in places] == [1, 1, 1, 1]
 
 
@@ -750,8 +775,8 @@ def test_same_bytes_compares_with_the_packet_that_is_staged() -> None:
     values = noise(0, 100)
     other = values.copy()
     other[50] ^= 1
-    put(stage, 7, values)
-    assert stage.same_bytes(7, values.ctypes.data, 100)
-    assert not stage.same_bytes(7, other.ctypes.data, 100)
-    assert not stage.same_bytes(7, values.ctypes.data, 99)
-    assert not stage.same_bytes(8, values.ctypes.data, 100)
+    put(stage, 0, values)
+    assert stage.same_bytes(0, values.ctypes.data, 100)
+    assert not stage.same_bytes(0, other.ctypes.data, 100)
+    assert not stage.same_bytes(0, values.ctypes.data, 99)
+    assert not stage.same_bytes(1, values.ctypes.data, 100)

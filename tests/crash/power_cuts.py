@@ -71,12 +71,16 @@ def often(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(stage, "FLUSH_SECONDS", 0.0)
 
 
-def tracked(tmp: Path, patch: pytest.MonkeyPatch, **options: Any) -> Recorded:
-    """Record a whole tracked run."""
+def tracked(
+    tmp: Path, patch: pytest.MonkeyPatch, *, direct: bool = False, **options: Any
+) -> Recorded:
+    """Record a whole tracked run, all of whose groups may go past the page cache."""
     folder = tmp / "live"
     folder.mkdir()
     with patch.context() as inner, Journal(folder, inner) as journal:
         often(inner)
+        if direct:
+            inner.setattr(writer, "DIRECT_BYTES", 1)
         refeed.run(folder / "gen.stream", STEPS, said=journal.said, **options)
     whole = _reference(tmp, **options)
     interval = options.get("interval", 4)
@@ -143,6 +147,9 @@ def untracked(tmp: Path, patch: pytest.MonkeyPatch, *, sync_bytes: int, codec: s
 CAPTURES: dict[str, Callable[[Path, pytest.MonkeyPatch], Recorded]] = {
     "tracked": lambda tmp, patch: tracked(tmp, patch, interval=3),
     "tracked-no-checkpoints": lambda tmp, patch: tracked(tmp, patch, interval=None, codec="none"),
+    "tracked-direct": lambda tmp, patch: tracked(
+        tmp, patch, direct=True, interval=3, codec="none"
+    ),
     "resumed": lambda tmp, patch: resumed(tmp, patch, interval=2, codec="zstd"),
     "untracked": lambda tmp, patch: untracked(tmp, patch, sync_bytes=1 << 30, codec="lz4"),
     "untracked-synced": lambda tmp, patch: untracked(tmp, patch, sync_bytes=6_000, codec="none"),

@@ -1,0 +1,39 @@
+"""Owns the memory that captures stage and encode in: large pieces, used again and again.
+
+Fresh memory costs more than copying into it does, on a virtual machine ten times more. So what
+one capture has used is kept for the next, as long as its framework lives.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Memory"]
+
+
+class Memory:
+    """Pieces of memory that each begin at a page. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """Give a piece of so many bytes: the one that was given back last, or a fresh one."""
+        try:
+            return self._free[nbytes].pop()
+        except (KeyError, IndexError):
+            return _fresh(nbytes)
+
+    def give_back(self, piece: NDArray[np.uint8]) -> None:
+        """Keep a piece that is not used any more for the next who takes one of its size."""
+        self._free.setdefault(piece.nbytes, []).append(piece)
+
+
+def _fresh(nbytes: int) -> NDArray[np.uint8]:
+    """Give fresh memory in huge pages, where there are: they fault in far less often."""
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
