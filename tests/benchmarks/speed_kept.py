@@ -176,7 +176,7 @@ def measure(chosen: Sequence[Case], folder: Path, rounds: int) -> list[Kept]:
         groups.setdefault((kept.case.model, kept.case.dtype, kept.case.phase), []).append(kept)
     for (name, dtype, phase), mine in groups.items():
         model = load(name, dtype)
-        times = 8 if name == "tiny-llama" else 1
+        times = {"tiny-llama": 8}.get(name, 2 if dtype == "bfloat16" else 1)
         PHASES[phase][0](model, 4)
         for kept in mine:  # what is imported and compiled once is in no round
             kept.framework = capturing(model, kept.case)
