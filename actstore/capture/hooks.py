@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from actstore.capture.outputs import Choice, LayerState, Live, Outputs, first_tensor, tensors_of
-from actstore.capture.passes import CACHES, UNKNOWN, Entries, read_axes, read_inputs, read_rows
+from actstore.capture.passes import UNKNOWN, Entries, cache_of, read_axes, read_inputs, read_rows
 from actstore.capture.select import Stack, Target
 from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
@@ -296,12 +296,15 @@ class Hooks:
 
     def _count(self, axis: Axis, arguments: Mapping[str, Any]) -> Axis:
         """Give rows behind a cache that can't say how much it holds the next positions."""
-        cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
-        if cache is None or not hasattr(cache, "__weakref__") or not isinstance(cache, Hashable):
+        cache = cache_of(arguments)
+        known = not axis.rows or axis.positions[0, 0] != UNKNOWN
+        if cache is None or (known and hasattr(cache, "get_seq_length")):  # it says it itself
+            return axis
+        if not hasattr(cache, "__weakref__") or not isinstance(cache, Hashable):
             return axis
         before = self._fed.get(cache, 0)
         self._fed[cache] = before + axis.sequence
-        if axis.rows and axis.positions[0, 0] == UNKNOWN:
+        if not known:
             positions = np.broadcast_to(before + np.arange(axis.sequence), axis.positions.shape)
             return replace(axis, positions=positions.copy())
         return axis

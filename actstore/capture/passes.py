@@ -27,10 +27,10 @@ from actstore.errors import ConfigError
 from actstore.packet import Axis, PassInfo
 
 __all__ = [
-    "CACHES",
     "UNKNOWN",
     "Entries",
     "RowChoice",
+    "cache_of",
     "has_bytes",
     "read_axes",
     "read_inputs",
@@ -49,6 +49,8 @@ _OF_CACHE: Final = (*CACHES, "cache_position")
 #: Integers that are no token ids.
 _NO_IDS: Final = re.compile(r"(mask|position|label|type|index|length)")
 _TOKEN_NDIM: Final = 2
+#: What arguments mostly are, and is no mapping: to ask of each is slow.
+_PLAIN: Final = (Tensor, bool, int, type(None))
 
 
 def read_inputs(
@@ -84,7 +86,8 @@ def read_inputs(
     if not axes and not deferred:
         rows = read_rows(axis or "token", arguments)
         axes = (rows,) if rows else ()
-    _check_labels(index, axes, arguments, annotations)
+    if annotations:
+        _check_labels(index, axes, arguments, annotations)
     keep = arguments.get("logits_to_keep", arguments.get("num_logits_to_keep", 0))
     return PassInfo(
         index,
@@ -218,9 +221,18 @@ def _positions(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[
     return positions
 
 
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """Give the cache or the state that a model goes on from; None where there is none."""
+    for name in CACHES:
+        cache = arguments.get(name)
+        if cache is not None:
+            return cache
+    return None
+
+
 def _cached_length(arguments: Mapping[str, Any]) -> int | None:
     """Give how many positions came before; None where the model's cache or state can't say."""
-    cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+    cache = cache_of(arguments)
     if cache is None:
         return 0
     if isinstance(cache, tuple | list):
@@ -250,8 +262,11 @@ def _integers(tensor: Tensor) -> NDArray[np.int64]:
 
 
 def _first(arguments: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
-    found = (arguments.get(name) for name in names)
-    return next((value for value in found if isinstance(value, Tensor)), None)
+    for name in names:
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            return value
+    return None
 
 
 @dataclass(slots=True)
@@ -417,10 +432,11 @@ class Entries:
             except ValueError:  # a traced module's says nothing
                 names = ()
             self._parameters[module] = names
-        unnamed = (f"*{place}" for place in range(len(names), len(args)))
-        given = {**dict(zip((*names, *unnamed), args, strict=False)), **kwargs}
+        given: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(kwargs)
+        for place in range(len(names), len(args)):
+            given[f"*{place}"] = args[place]
         for value in list(given.values()):
-            if isinstance(value, Mapping):
+            if type(value) not in _PLAIN and isinstance(value, Mapping):
                 given = {**{str(key): one for key, one in value.items()}, **given}
         return given
 

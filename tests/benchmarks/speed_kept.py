@@ -120,8 +120,8 @@ def decode(model: Any, passes: int) -> tuple[int, float]:
     began = time.perf_counter()
     with torch.no_grad():
         for _ in range(passes):
-            out = model(ids, past_key_values=cache, use_cache=True)
-            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = model(ids, cache=cache, use_cache=True)
+            cache, ids = out.cache, out.logits[:, -1:].argmax(-1)
     return passes, time.perf_counter() - began
 
 
