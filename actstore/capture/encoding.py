@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import codecs, dtypes
-from actstore.capture.stage import ALIAS, KIND_BITS, PARTS, Group
+from actstore.capture.group import ALIAS, KIND_BITS, PARTS, Group
 from actstore.stream.direct import PAGE, PAGED_BYTES
 from actstore.stream.records import (
     PACKETS_LIMIT,

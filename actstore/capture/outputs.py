@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actstore import dtypes
+from actstore.capture.group import ALIAS, Kind
 from actstore.capture.passes import RowChoice, has_bytes
-from actstore.capture.stage import ALIAS, Kind, Stage
+from actstore.capture.stage import Stage
 from actstore.packet import Axis, LayerInfo, PassInfo, axis_of_site, is_weights
 from actstore.stream.records import Features
 

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.capture.encoding import Calls, Encoded, encode
+from actstore.capture.group import Group
 from actstore.capture.meter import Meter
-from actstore.capture.stage import Group, Stage
+from actstore.capture.stage import Stage
 from actstore.stream.records import Opcode
 from actstore.stream.writer import StreamWriter
 

@@ -3,10 +3,6 @@
 Bytes are copied once, into the arena of the open group; the arena is sealed with everything that
 was staged beside it, encoded, written and used again. How groups are encoded and written is
 ``pipeline.py``'s business. Knows nothing of torch: a packet comes as an address.
-
-A packet is staged as one integer, its place in the arena and its kind: what it shares with all
-packets of its layer that look like it. The rest of its description follows from where it stands
-among the others, and is worked out for whole groups at a time by ``pipeline.py``.
 """
 
 from __future__ import annotations
@@ -17,12 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, NamedTuple
+from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.capture.group import KIND_BITS, PACKET_OVERHEAD, PARTS, WHOLE, Group, Kind, Part
 from actstore.capture.memory import Memory
 from actstore.errors import CaptureError
 from actstore.packet import LayerInfo, PassInfo, TokenRecord
@@ -30,13 +27,11 @@ from actstore.stream.direct import PAGE, PAGED_BYTES
 from actstore.stream.records import BLOCK_LIMIT, Features, Pass
 from actstore.stream.writer import CommitPoint
 
-__all__ = ["Group", "Kind", "Part", "Stage"]
+__all__ = ["Stage"]
 
 GROUP_BYTES: Final = 64 << 20
 FLUSH_SECONDS: Final = 1.0
 _ALIGN: Final = 64
-#: Bytes that one packet's place in the tables of its group costs, at most.
-_PACKET_OVERHEAD: Final = 128
 #: Bytes of an arena for each packet that it may hold.
 _ARENA_A_PACKET: Final = 1024
 _PARTS_LIMIT: Final = (1 << 16) - 1
@@ -44,11 +39,8 @@ _PARTS_LIMIT: Final = (1 << 16) - 1
 _RESERVED: Final = 3
 #: The most groups that are encoded and wait for the writer.
 _ENCODED_AHEAD: Final = 16
-#: Into how many groups a small budget is cut: two arenas, as much again encoded, and the scratch.
-_LEAST_SHARES: Final = 5
-#: A packet is ``place << KIND_BITS | kind``.
-KIND_BITS: Final = 32
-WHOLE, ALIAS, PARTS = range(3)
+#: Into how many groups a small budget is cut: two arenas, three encoded, and what threads work in.
+_LEAST_SHARES: Final = 6
 _IDLE, _ENCODING, _WAITING = range(3)
 
 #: memmove that keeps the interpreter's lock: to let it go costs more than the copy.
@@ -56,112 +48,6 @@ _move_small: Any = ctypes.PyDLL(None).memmove
 _move_small.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _move_small.restype = None
 _SMALL: Final = 32 << 10
-
-
-class Kind(NamedTuple):
-    """What packets of one layer that look alike share.
-
-    Attributes
-    ----------
-    layer : int
-        The layer's id.
-    dtype : int
-        dtype code.
-    shape : tuple of int
-        Of the tensor.
-    nbytes : int
-        Of the tensor; 0 where it is an alias.
-    width : int
-        The width before sampling, or 0.
-    form : int
-        `WHOLE`, `ALIAS` of an earlier packet, or in `PARTS`.
-    """
-
-    layer: int
-    dtype: int
-    shape: tuple[int, ...]
-    nbytes: int
-    width: int = 0
-    form: int = WHOLE
-
-
-class Part(NamedTuple):
-    """A part of a packet that is too large for one block."""
-
-    kind: int
-    seq: int
-    part: int
-    parts: int
-    offset: int
-    nbytes: int
-    pass_index: int
-
-
-@dataclass(slots=True, eq=False)
-class Group:
-    """What is flushed together. Its life: open, sealed, encoded, written, free.
-
-    Attributes
-    ----------
-    arena : numpy.ndarray
-        uint8: the bytes of its packets.
-    address : int
-        Where the arena begins in memory.
-    opened : float
-        When, by the stage's clock.
-    limit : int
-        Bytes of the arena that may be used.
-    base : int
-        The seq of its first packet; each further one's is one more.
-    kinds : list of Kind
-        What the packets' kinds are; only grows.
-    used : int
-        How many bytes of the arena.
-    packets : list of int
-        In the order of capture: place << 32 | kind. The place of a whole one is its offset in
-        the arena, that of an alias how much lower the seq of the packet is whose values it has.
-    parts : list of Part
-        The bytes of packets in parts, which may begin in an earlier group.
-    starts : list of (int, int)
-        Index of a packet -> the pass that it and those behind it are of.
-    layers, features, passes, texts, tokens
-        What else was staged.
-    point : CommitPoint
-        Where the run stands at its end; set when it is sealed.
-    sealed : float
-        When, by the stage's clock.
-    durable : threading.Event or None
-        Set by the writer when the group is on the disk; None where nobody waits for that.
-    """
-
-    arena: NDArray[np.uint8]
-    address: int
-    opened: float
-    limit: int
-    base: int
-    kinds: list[Kind]
-    used: int = 0
-    packets: list[int] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
-    starts: list[tuple[int, int]] = field(default_factory=list)
-    layers: list[LayerInfo] = field(default_factory=list)
-    features: list[Features] = field(default_factory=list)
-    passes: dict[int, Pass] = field(default_factory=dict)
-    texts: dict[int, str] = field(default_factory=dict)
-    tokens: list[TokenRecord] = field(default_factory=list)
-    point: CommitPoint = field(default_factory=CommitPoint)
-    sealed: float = 0.0
-    durable: threading.Event | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to write."""
-        return not (self.packets or self.parts or self.passes or self.tokens or self.texts)
-
-    @property
-    def charge(self) -> int:
-        """Bytes that it counts for, with the objects that describe its packets."""
-        return self.used + _PACKET_OVERHEAD * (len(self.packets) + len(self.parts))
 
 
 class Stage:
@@ -228,7 +114,7 @@ class Stage:
         self._changed = threading.Condition(self._lock)
         #: of a group's share, what its packets' descriptions don't need
         self._arena_bytes = (
-            self.group_bytes * _ARENA_A_PACKET // (_ARENA_A_PACKET + _PACKET_OVERHEAD)
+            self.group_bytes * _ARENA_A_PACKET // (_ARENA_A_PACKET + PACKET_OVERHEAD)
         )
         self._most_packets = self._arena_bytes // _ARENA_A_PACKET
         shares = budget // self.group_bytes

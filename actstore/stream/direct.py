@@ -21,7 +21,7 @@ PAGE: Final = 4096
 #: From this size on, bytes that begin at a page are written from where they are.
 PAGED_BYTES: Final = 256 << 10
 _CALL: Final = 8 << 20  # bytes that a call writes, at least
-_COPIED: Final = 4 << 20
+_COPIED: Final = 2 << 20
 
 
 def paged(part: memoryview) -> bool:

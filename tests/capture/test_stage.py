@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 import actstore
 from actstore import codecs, dtypes
 from actstore.capture.encoding import Calls, encode
+from actstore.capture.group import ALIAS, Group, Kind
 from actstore.capture.pipeline import Pipeline
-from actstore.capture.stage import ALIAS, FLUSH_SECONDS, Group, Kind, Stage
+from actstore.capture.stage import FLUSH_SECONDS, Stage
 from actstore.errors import CaptureError
 from actstore.packet import LayerInfo, PassInfo, TokenRecord
 from actstore.stream import table
@@ -250,7 +251,10 @@ def test_everything_staged_sealed_and_encoded_stays_within_the_budget(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak <= budget
+    # what is used again is mapped, and given back in the end
+    mapped = sum(one.nbytes for pieces in stage.memory._free.values() for one in pieces)
+    assert mapped > budget / 2
+    assert peak + mapped <= budget
 
 
 def test_put_waits_for_memory_and_goes_on_when_there_is_some(tmp_path: Path) -> None:
