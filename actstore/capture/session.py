@@ -59,6 +59,7 @@ __all__ = ["Capture", "Instrumented", "Options"]
 
 _log = logging.getLogger("actstore")
 _NAMED: Final = 8
+_MUCH: Final = 1.0  # seconds of waiting that are worth a warning
 _captured: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _captured_lock = threading.Lock()
 
@@ -422,7 +423,8 @@ class Capture:
             )
         if summary["skipped"]:
             told.append(f"these outputs can't be kept: {_some(list(summary['skipped']))}")
-        if summary["limited_by"] not in (None, "model"):
+        waited = summary["waited_seconds"] >= _MUCH
+        if waited and summary["limited_by"] not in (None, "model"):
             told.append(
                 f"{summary['sustained_gbps']:.3f} GB/s were reached, "
                 f"{summary['target_throughput_gbps']} wanted; the model waited "
