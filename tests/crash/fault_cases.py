@@ -12,7 +12,6 @@ import os
 import random
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from actstore.capture import stage
-from actstore.errors import ActstoreWarning, FormatError, MissingFileError
+from actstore.errors import FormatError, MissingFileError
 from actstore.stream.reader import open_stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "capture"))
@@ -30,6 +29,7 @@ import faults
 import refeed
 from faults import INTERVAL, STEPS
 from forks import Child
+from oracle import quiet
 
 __all__ = ["CASES", "MORE", "Case", "Sufferer", "small_disk", "undisturbed"]
 
@@ -209,9 +209,7 @@ def undisturbed() -> Iterator[None]:
     torch.set_num_threads(1)
     stage.FLUSH_SECONDS = 0.0
     try:
-        with warnings.catch_warnings():
-            for text in (".*never fired", ".*GB/s were reached"):
-                warnings.filterwarnings("ignore", text, ActstoreWarning)
+        with quiet():
             yield
     finally:
         torch.set_num_threads(threads)

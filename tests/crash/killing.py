@@ -12,7 +12,6 @@ import random
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 import actstore
 from actstore.capture import stage
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
-from actstore.errors import ActstoreWarning, FormatError
+from actstore.errors import FormatError
 from actstore.framework import InstrumentationFramework
 from actstore.stream.reader import open_stream
 
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "capture"))
 import independent_reader
 import refeed
 from forks import Child, Job, forked, serve
+from oracle import quiet
 
 __all__ = ["Killed", "kill_and_resume", "quietly"]
 
@@ -101,9 +101,7 @@ def quietly() -> Iterator[None]:
     """Run captures here as in the child."""
     threads = torch.get_num_threads()
     try:
-        with warnings.catch_warnings():
-            for text in (".*never fired", ".*GB/s were reached"):
-                warnings.filterwarnings("ignore", text, ActstoreWarning)
+        with quiet():
             yield
     finally:
         torch.set_num_threads(threads)
