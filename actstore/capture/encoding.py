@@ -144,9 +144,14 @@ def encode(
 
 def _columns(group: Group, calls: Calls) -> _Columns:
     shapes: dict[tuple[int, ...], int] = {}
-    kinds = _kind_columns(group, shapes)
     packets = np.array(group.packets, np.int64)
     kind, place = packets & ((1 << KIND_BITS) - 1), packets >> KIND_BITS
+    of_parts = np.array([part.kind for part in group.parts], np.int64)
+    # a run whose shapes change makes ever more kinds: only those that are here are looked at
+    here = np.bincount(np.append(kind, of_parts)) > 0
+    kinds = _kind_columns(group, np.flatnonzero(here).tolist(), shapes)
+    number = np.cumsum(here) - 1
+    kind, of_parts = number[kind], number[of_parts]
     starts = np.array(group.starts, np.int64).reshape(-1, 2)
     before = np.searchsorted(starts[:, 0], np.arange(packets.size), side="right") - 1
     seq, pass_index = group.base + np.arange(packets.size), starts[before, 1]
@@ -167,7 +172,7 @@ def _columns(group: Group, calls: Calls) -> _Columns:
         "parts": np.ones(alias.size, np.int64),
     }
     if group.parts:
-        parts = _part_columns(group, calls)
+        parts = _part_columns(group, calls) | {"kind": of_parts}
         columns = {name: np.append(column, parts[name]) for name, column in columns.items()}
     kind = columns.pop("kind")
     columns |= {name: kinds[name][kind] for name in ("layer", "dtype", "width", "shape")}
@@ -177,10 +182,12 @@ def _columns(group: Group, calls: Calls) -> _Columns:
     )
 
 
-def _kind_columns(group: Group, shapes: dict[tuple[int, ...], int]) -> dict[str, Integers]:
+def _kind_columns(
+    group: Group, numbers: list[int], shapes: dict[tuple[int, ...], int]
+) -> dict[str, Integers]:
     rows = [
         (one.layer, one.dtype, one.width, shapes.setdefault(one.shape, len(shapes)), *one[3:])
-        for one in group.kinds[:]  # the hooks may add some meanwhile
+        for one in map(group.kinds.__getitem__, numbers)
     ]
     names = ("layer", "dtype", "width", "shape", "nbytes", "_", "form")
     columns = np.array(rows, np.int64).reshape(-1, len(names)).T
