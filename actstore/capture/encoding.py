@@ -131,7 +131,7 @@ def encode(
     records = [
         *(Record(Opcode.LAYER, Layer(info).encode()) for info in group.layers),
         *(Record.of(Opcode.FEATURES, *kept.encode()) for kept in group.features),
-        *(Record.of(Opcode.PASS, *one.encode()) for one in group.passes.values()),
+        *(Record.of(Opcode.PASS, *one.record().encode()) for one in group.passes.values()),
         *(Record(Opcode.TEXT, one.encode()) for one in Text.split(group.texts)),
         *chain.from_iterable(map_tasks(work, _tasks(plans))),
         *(Record(Opcode.TOKEN, Token(record).encode()) for record in group.tokens),

@@ -8,17 +8,28 @@ among the others, and is worked out for whole groups at a time by ``encoding.py`
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.packet import LayerInfo, TokenRecord
+from actstore.packet import LayerInfo, PassInfo, TokenRecord
 from actstore.stream.records import Features, Pass
 from actstore.stream.writer import CommitPoint
 
-__all__ = ["ALIAS", "KIND_BITS", "PACKET_OVERHEAD", "PARTS", "WHOLE", "Group", "Kind", "Part"]
+__all__ = [
+    "ALIAS",
+    "KIND_BITS",
+    "PACKET_OVERHEAD",
+    "PARTS",
+    "WHOLE",
+    "Group",
+    "Inputs",
+    "Kind",
+    "Part",
+    "StagedPass",
+]
 
 #: A packet is ``place << KIND_BITS | kind``.
 KIND_BITS: Final = 32
@@ -64,6 +75,44 @@ class Part(NamedTuple):
     offset: int
     nbytes: int
     pass_index: int
+
+
+class Inputs(Protocol):
+    """What a pass was fed, before it is worked out."""
+
+    index: int
+
+    def info(self) -> PassInfo:
+        """Work it out; the encoder asks, when everything of its group has arrived."""
+
+
+@dataclass(slots=True, eq=False)
+class StagedPass:
+    """A pass, as far as its group knows it.
+
+    Attributes
+    ----------
+    index : int
+        Of the pass.
+    inputs : Inputs, PassInfo or None
+        What it was fed; None where an earlier group has that.
+    closed, aborted : bool
+        It has ended; by an error.
+    """
+
+    index: int
+    inputs: Inputs | PassInfo | None
+    closed: bool = False
+    aborted: bool = False
+
+    def record(self) -> Pass:
+        """Give the record of it."""
+        given = self.inputs
+        if given is None:
+            info = PassInfo(self.index, aborted=self.aborted)
+            return Pass(info, self.closed, status_only=True)
+        info = given if isinstance(given, PassInfo) else given.info()
+        return Pass(replace(info, aborted=True) if self.aborted else info, self.closed)
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +164,7 @@ class Group:
     starts: list[tuple[int, int]] = field(default_factory=list)
     layers: list[LayerInfo] = field(default_factory=list)
     features: list[Features] = field(default_factory=list)
-    passes: dict[int, Pass] = field(default_factory=dict)
+    passes: dict[int, StagedPass] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     tokens: list[TokenRecord] = field(default_factory=list)
     point: CommitPoint = field(default_factory=CommitPoint)

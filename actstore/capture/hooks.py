@@ -14,7 +14,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,11 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from actstore.capture.outputs import Choice, LayerState, Live, Outputs, first_tensor, tensors_of
-from actstore.capture.passes import UNKNOWN, Entries, cache_of, read_axes, read_inputs, read_rows
+from actstore.capture.passes import (
+    UNKNOWN,
+    Entries,
+    Fed,
+    FedAxis,
+    cache_of,
+    read_axes,
+    read_inputs,
+    read_rows,
+)
 from actstore.capture.select import Stack, Target
 from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
-from actstore.packet import MAIN_AXES, Axis, LayerInfo, PassInfo
+from actstore.packet import MAIN_AXES, Axis, LayerInfo
 
 _forks = 0  # of this process from the one that imported this
 _attached: weakref.WeakSet[Hooks] = weakref.WeakSet()
@@ -113,7 +121,7 @@ class Hooks:
         self._texts: set[int] = set()
         self._flush = flush_at_pass_end
         self._annotations: dict[str, list[Any]] = {}
-        self._pass: PassInfo | None = None
+        self._pass: Fed | None = None
         self._thread = 0
         self._fed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._known = known or {}
@@ -294,52 +302,46 @@ class Hooks:
     def _has_axis(self, name: str) -> bool:
         return self._pass is not None and any(axis.name == name for axis in self._pass.axes)
 
-    def _count(self, axis: Axis, arguments: Mapping[str, Any]) -> Axis:
+    def _count(self, axis: FedAxis, arguments: Mapping[str, Any]) -> None:
         """Give rows behind a cache that can't say how much it holds the next positions."""
         cache = cache_of(arguments)
-        known = not axis.rows or axis.positions[0, 0] != UNKNOWN
+        known = axis.positions is not None or axis.before != UNKNOWN
         if cache is None or (known and hasattr(cache, "get_seq_length")):  # it says it itself
-            return axis
+            return
         if not hasattr(cache, "__weakref__") or not isinstance(cache, Hashable):
-            return axis
+            return
         before = self._fed.get(cache, 0)
         self._fed[cache] = before + axis.sequence
         if not known:
-            positions = np.broadcast_to(before + np.arange(axis.sequence), axis.positions.shape)
-            return replace(axis, positions=positions.copy())
-        return axis
+            axis.before = before
 
-    def _add_axes(self, axes: tuple[Axis, ...], arguments: Mapping[str, Any]) -> None:
+    def _add_axes(self, axes: tuple[FedAxis, ...], arguments: Mapping[str, Any]) -> None:
         if axes and self._pass is not None:
-            axes = self._outputs.choose(tuple(self._count(axis, arguments) for axis in axes))
-            found = (*self._pass.axes, *axes)
-            main = sorted(found, key=lambda axis: axis.name in MAIN_AXES)  # they come last
-            self._pass = replace(self._pass, axes=tuple(main))
-            self._stage.update_pass(self._pass, self._new_texts(self._pass))
+            for axis in axes:
+                self._count(axis, arguments)
+            found = (*self._pass.axes, *self._outputs.choose(axes))
+            self._pass.axes = tuple(sorted(found, key=lambda axis: axis.name in MAIN_AXES))
+            self._stage.update_pass(self._pass, self._new_texts(self._pass.axes))
 
     def _open_pass(self, entry: str, axis: str, arguments: Mapping[str, Any]) -> None:
         annotations, self._annotations = self._annotations, {}
         self._thread = threading.get_ident()
         try:
-            info = read_inputs(
-                self.last_pass + 1,
-                entry,
-                axis,
-                arguments,
-                annotations,
-                deferred=bool(self._stacks),
+            axes, keep = read_inputs(
+                self.last_pass + 1, axis, arguments, annotations, deferred=bool(self._stacks)
             )
         except BaseException:
             self._entries.forget()
             raise
         self._outputs.begin_pass()
-        axes = self._outputs.choose(tuple(self._count(axis, arguments) for axis in info.axes))
-        if axes != info.axes:
-            info = replace(info, axes=axes)
+        for one in axes:
+            self._count(one, arguments)
+        kept = self._outputs.choose(axes)
+        fed = Fed(self.last_pass + 1, kept, annotations, entry, keep)
         self._waiting = set(self.names) if self._choice.stop else set()
-        self._stage.begin_pass(info, self._new_texts(info))
-        self.last_pass = info.index
-        self._pass = info
+        self._stage.begin_pass(fed, self._new_texts(fed.axes))
+        self.last_pass = fed.index
+        self._pass = fed
         self._live.thread = self._thread if self._choice.plain else 0
 
     def _close_pass(self, *, aborted: bool) -> None:
@@ -350,10 +352,11 @@ class Hooks:
         if self._stage.failure is None:  # which has surfaced already, or will at the end
             self._stage.end_pass(index, aborted=aborted, flush=self._flush)
 
-    def _new_texts(self, info: PassInfo) -> dict[int, str]:
+    def _new_texts(self, axes: Iterable[FedAxis | Axis]) -> Mapping[int, str]:
         if self._tokenizer is None:
             return {}
-        fed = {int(one) for axis in info.axes for one in np.unique(axis.token_ids)}
+        given = [one.token_ids if isinstance(one, Axis) else one.ids for one in axes]
+        fed = {number for ids in given if ids is not None for number in np.unique(ids).tolist()}
         new = sorted(fed - self._texts - {-1})
         texts = {one: str(self._tokenizer.decode([one])) for one in new}
         self._texts.update(new)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from actstore import dtypes
 from actstore.capture.group import ALIAS, Kind
-from actstore.capture.passes import RowChoice, has_bytes
+from actstore.capture.passes import Fed, FedAxis, RowChoice, has_bytes
 from actstore.capture.stage import Stage
-from actstore.packet import Axis, LayerInfo, PassInfo, axis_of_site, is_weights
+from actstore.packet import Axis, LayerInfo, axis_of_site, is_weights
 from actstore.stream.records import Features
 
 __all__ = ["Choice", "LayerState", "Live", "Outputs", "Sampling", "first_tensor", "tensors_of"]
@@ -170,7 +170,7 @@ class Outputs:
         self._sampling = choice.sampling
         self._written_widths = set(known_widths or ())
         self._kept: dict[int, Tensor] = {}
-        self._seen: dict[int, tuple[weakref.ref[Tensor], _State, int]] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, *_State]] = {}
         self._chosen: dict[str, tuple[Axis, Axis, NDArray[np.int64]]] = {}
 
     def begin_pass(self) -> None:
@@ -183,14 +183,14 @@ class Outputs:
         """Let go of what the pass gave."""
         self._seen.clear()
 
-    def choose(self, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    def choose(self, axes: tuple[FedAxis, ...]) -> tuple[FedAxis | Axis, ...]:
         """Give axes of the rows that are kept."""
         rows = self._choice.rows
         if rows is None:
             return axes
-        for axis in axes:
-            self._chosen[axis.name] = (axis, *rows.choose(axis))
-        return tuple(self._chosen[axis.name][1] for axis in axes)
+        whole = [one.axis() for one in axes]
+        self._chosen |= {axis.name: (axis, *rows.choose(axis)) for axis in whole}
+        return tuple(self._chosen[axis.name][1] for axis in whole)
 
     # -- the fast way ---------------------------------------------------------------------------
 
@@ -240,12 +240,10 @@ class Outputs:
                 return otherwise(args, output)
             seq = put(layer.kind, layer.nbytes, address)
             layer.kept += 1
-            # the packet's state, as _state has it
+            # the packet's state, as _state has it, in one tuple with the rest
             seen[id(tensor)] = (
-                reference(tensor),
-                (version, layer.dtype, layer.shape, address, ""),
-                seq,
-            )
+                reference(tensor), seq, version, layer.dtype, layer.shape, address, ""
+            )  # fmt: skip
             if began:
                 layer.seconds += clock() - began
                 layer.timed += 1
@@ -255,10 +253,10 @@ class Outputs:
 
     # -- any other ------------------------------------------------------------------------------
 
-    def keep(self, layer: LayerState, tensor: Tensor, info: PassInfo) -> None:
+    def keep(self, layer: LayerState, tensor: Tensor, fed: Fed) -> None:
         """Stage what is kept of a tensor, in a pass."""
         if self._chosen:
-            kept, axis = self._rows_of(layer, tensor.detach(), info)
+            kept, axis = self._rows_of(layer, tensor.detach(), fed)
         else:
             kept, axis = tensor.detach(), ""
         layer.fired += 1
@@ -282,7 +280,7 @@ class Outputs:
         else:
             number = self._stage.kind(kind)
             seq = self._stage.put(number, plain.nbytes, plain.data_ptr())
-            self._seen[id(tensor)] = (weakref.ref(tensor), state, seq)
+            self._seen[id(tensor)] = (weakref.ref(tensor), seq, *state)
             if self._choice.plain and not tensor.dtype.is_complex:
                 layer.dtype, layer.shape = tensor.dtype, tensor.shape
                 layer.kind, layer.nbytes = number, plain.nbytes
@@ -300,9 +298,7 @@ class Outputs:
     def _skip(self, layer: LayerState, why: str) -> None:
         self.skipped[f"{layer.info.name}: {why}"] += 1
 
-    def _rows_of(
-        self, layer: LayerState, tensor: Tensor, info: PassInfo
-    ) -> tuple[Tensor | None, str]:
+    def _rows_of(self, layer: LayerState, tensor: Tensor, fed: Fed) -> tuple[Tensor | None, str]:
         """Take the rows that are kept of a tensor over a token axis, and name the axis.
 
         None where no row is kept; the whole tensor where it is over no axis, or there is doubt.
@@ -311,7 +307,7 @@ class Outputs:
         fits = {
             name: fit
             for name, (axis, _, _) in self._chosen.items()
-            if (fit := _fit(axis, tensor.shape, site, info)) is not None
+            if (fit := _fit(axis, tensor.shape, site, fed)) is not None
         }
         name = axis_of_site(site, fits) if len(fits) > 1 else next(iter(fits), None)
         if name is None:
@@ -345,8 +341,8 @@ class Outputs:
         """
         known = self._seen.get(id(tensor))
         if known is not None:
-            reference, then, seq = known
-            same = reference() is tensor and then == state
+            reference, seq, *then = known
+            same = reference() is tensor and tuple(then) == state
             if same and (state[0] is not None or self._unchanged(tensor, seq)):
                 return seq
         return None
@@ -371,9 +367,9 @@ class Outputs:
         return kept.to(device)
 
 
-def _fit(axis: Axis, shape: tuple[int, ...], site: str, info: PassInfo) -> int | None:
+def _fit(axis: Axis, shape: tuple[int, ...], site: str, fed: Fed) -> int | None:
     """Give how many rows of each item a shape over an axis holds, the last ones."""
-    keep = info.logits_to_keep
+    keep = fed.logits_to_keep
     if is_weights(site, len(shape)):
         return None
     if not axis.flat and shape[:2] == (axis.batch, axis.sequence):

@@ -49,27 +49,109 @@ _OF_CACHE: Final = (*CACHES, "cache_position")
 #: Integers that are no token ids.
 _NO_IDS: Final = re.compile(r"(mask|position|label|type|index|length)")
 _TOKEN_NDIM: Final = 2
+_FEW: Final = 16
 #: What arguments mostly are, and is no mapping: to ask of each is slow.
 _PLAIN: Final = (Tensor, bool, int, type(None))
 
 
+@dataclass(slots=True, eq=False)
+class FedAxis:
+    """A token axis as a module was fed it: copies of what it was given, until the axis is wanted.
+
+    Attributes
+    ----------
+    name, batch, sequence, flat
+        As `Axis` has them.
+    ids : numpy.ndarray, list or None
+        int64 [batch, sequence]; None where none were given.
+    mask : numpy.ndarray or None
+        bool [batch, sequence]; None where none was given.
+    positions : numpy.ndarray or None
+        int64, as many as the sequence has, or of each row; None where none were given.
+    before : int
+        Else: how many positions came before the first, or `UNKNOWN`.
+    """
+
+    name: str
+    batch: int
+    sequence: int
+    ids: NDArray[np.int64] | list[list[int]] | None = None
+    positions: NDArray[np.int64] | None = None
+    mask: NDArray[np.bool_] | None = None
+    before: int = 0
+    flat: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: batch × sequence."""
+        return self.batch * self.sequence
+
+    def axis(self) -> Axis:
+        """Give the axis."""
+        shape = (self.batch, self.sequence)
+        ids, positions, mask = self.ids, self.positions, self.mask
+        if positions is None and self.before == UNKNOWN:
+            positions = np.full(shape, UNKNOWN, np.int64)
+        elif positions is None:
+            positions = np.arange(self.before, self.before + self.sequence)
+        if positions.size != self.rows:
+            positions = np.broadcast_to(positions, shape).copy()
+        return Axis(
+            self.name,
+            *shape,
+            np.full(shape, -1, np.int64) if ids is None else np.reshape(ids, shape),
+            positions.reshape(shape),
+            np.ones(shape, np.bool_) if mask is None else mask,
+            self.flat,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Fed:
+    """What a pass was fed: its `PassInfo`, before it is worked out.
+
+    Attributes
+    ----------
+    index, annotations, entry, logits_to_keep
+        As `PassInfo` has them.
+    axes : tuple of FedAxis or Axis
+        The token axes so far.
+    """
+
+    index: int
+    axes: tuple[FedAxis | Axis, ...]
+    annotations: Mapping[str, Any]
+    entry: str
+    logits_to_keep: int
+
+    def info(self) -> PassInfo:
+        """Work it out."""
+        axes = tuple(one if isinstance(one, Axis) else one.axis() for one in self.axes)
+        return PassInfo(
+            self.index,
+            axes,
+            self.annotations,
+            entry=self.entry,
+            logits_to_keep=self.logits_to_keep,
+        )
+
+
 def read_inputs(
     index: int,
-    entry: str,
     axis: str,
     arguments: Mapping[str, Any],
     annotations: Mapping[str, Any],
     *,
     deferred: bool = False,
-) -> PassInfo:
-    """Take a pass's token axes from the arguments of its entry module.
+) -> tuple[tuple[FedAxis, ...], int]:
+    """Take a pass's token axes from the arguments of its entry module, and its logits to keep.
 
     Parameters
     ----------
     index : int
         Of the pass.
-    entry, axis : str
-        The entry module's name and its token axis, as `select.entry_modules` gives it.
+    axis : str
+        The entry module's token axis, as `select.entry_modules` gives it.
     arguments : mapping
         Parameter name -> what it was given.
     annotations : mapping
@@ -89,18 +171,12 @@ def read_inputs(
     if annotations:
         _check_labels(index, axes, arguments, annotations)
     keep = arguments.get("logits_to_keep", arguments.get("num_logits_to_keep", 0))
-    return PassInfo(
-        index,
-        axes,
-        annotations,
-        entry=entry,
-        logits_to_keep=keep if type(keep) is int and keep > 0 else 0,
-    )
+    return axes, keep if type(keep) is int and keep > 0 else 0
 
 
 def _check_labels(
     index: int,
-    axes: tuple[Axis, ...],
+    axes: tuple[FedAxis, ...],
     arguments: Mapping[str, Any],
     annotations: Mapping[str, Any],
 ) -> None:
@@ -116,7 +192,7 @@ def _check_labels(
             raise ConfigError(msg)
 
 
-def read_axes(name: str, arguments: Mapping[str, Any]) -> tuple[Axis, ...]:
+def read_axes(name: str, arguments: Mapping[str, Any]) -> tuple[FedAxis, ...]:
     """Give the axes of the token ids or embeddings among the arguments of an entry module.
 
     Parameters
@@ -139,35 +215,41 @@ def read_axes(name: str, arguments: Mapping[str, Any]) -> tuple[Axis, ...]:
     return tuple(axis for axis in (encoder, decoder) if axis)
 
 
-def _fed_axis(name: str, arguments: Mapping[str, Any], *, guess: bool = True) -> Axis | None:
+def _fed_axis(name: str, arguments: Mapping[str, Any], *, guess: bool = True) -> FedAxis | None:
     """Give the axis of token ids [B, S] or [S], or of embeddings [B, S, d] or [S, d].
 
     With ``guess``, integers that come first are ids, if they are not named as something else:
     a model of the user's own may call them anything.
     """
     ids = bare = _first(arguments, _IDS)
-    bare = bare if bare is not None and _is_ids(bare) else None  # ids that can't be read
-    ids = ids if ids is not None and _is_ids(ids) and has_bytes(ids) else None
-    embeds = _first(arguments, _EMBEDS)
+    few = _few(ids) if ids is not None else None
+    if few is None:
+        bare = bare if bare is not None and _is_ids(bare) else None  # ids that can't be read
+        ids = ids if ids is not None and _is_ids(ids) and has_bytes(ids) else None
+    embeds = _first(arguments, _EMBEDS) if ids is None else None
     if ids is None and embeds is None and guess:
         given = {key: one for key, one in arguments.items() if not _NO_IDS.search(key)}
         first = next((one for one in given.values() if isinstance(one, Tensor)), None)
         ids = first if first is not None and _is_ids(first) and has_bytes(first) else None
-    if ids is not None:
-        shape = (ids.shape[0], ids.shape[1]) if ids.ndim == _TOKEN_NDIM else (1, ids.shape[0])
-        fed, flat = _integers(ids).reshape(shape), ids.ndim == 1
-    elif embeds is not None and embeds.ndim >= _TOKEN_NDIM:
-        flat = embeds.ndim == _TOKEN_NDIM
-        shape = (embeds.shape[0], 1 if flat else embeds.shape[1])
-        fed = np.full(shape, -1, np.int64)
-    elif bare is not None:
-        flat = bare.ndim == 1
-        shape = (1, bare.shape[0]) if flat else (bare.shape[0], bare.shape[1])
-        fed = np.full(shape, -1, np.int64)
-    else:
+    source = ids if ids is not None else embeds
+    if source is None or (source is embeds and source.ndim < _TOKEN_NDIM):
+        source = bare
+    if source is None:
         return None
-    positions, mask = _positions(arguments, shape), _mask(arguments, shape)
-    return Axis(name, *shape, fed, positions, mask, flat)
+    leading = source.ndim - (source is embeds)
+    if leading == _TOKEN_NDIM:
+        shape = (source.shape[0], source.shape[1])
+    else:
+        shape = (source.shape[0], 1) if source is embeds else (1, source.shape[0])
+    axis = FedAxis(name, *shape, flat=leading != _TOKEN_NDIM)
+    if ids is not None:
+        axis.ids = few or _integers(ids)
+    axis.positions = _positions(arguments, shape)
+    if axis.positions is None:
+        before = _cached_length(arguments)
+        axis.before = UNKNOWN if before is None else before
+    axis.mask = _mask(arguments, shape)
+    return axis
 
 
 def has_bytes(tensor: Tensor) -> bool:
@@ -193,32 +275,24 @@ def _is_ids(value: Tensor) -> bool:
     return plain and 1 <= value.ndim <= _TOKEN_NDIM
 
 
-def read_rows(name: str, arguments: Mapping[str, Any]) -> Axis | None:
+def read_rows(name: str, arguments: Mapping[str, Any]) -> FedAxis | None:
     """Give the axis of the leading dimensions of the first tensor, whose tokens are not known."""
     source = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
     if source is None or source.ndim < _TOKEN_NDIM:
         return None  # no leading dimension but the features'
     flat = source.ndim == _TOKEN_NDIM
-    shape = (source.shape[0], 1 if flat else source.shape[1])
-    positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
-    ids, mask = np.full(shape, -1, np.int64), np.ones(shape, np.bool_)
-    return Axis(name, *shape, ids, positions, mask, flat)
+    return FedAxis(name, source.shape[0], 1 if flat else source.shape[1], flat=flat)
 
 
-def _positions(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Give each row's position: as given, else the cached length before the forward + index."""
+def _positions(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.int64] | None:
+    """Give the positions that were given of the rows: [S] or [B, S]."""
     for name in ("position_ids", "cache_position"):
         given = arguments.get(name)
         if isinstance(given, Tensor) and given.ndim <= _TOKEN_NDIM and has_bytes(given):
-            found = _integers(given)
-            if found.shape[-1:] == shape[1:] and found.size in (shape[1], shape[0] * shape[1]):
-                return np.broadcast_to(found, shape).copy()
-    before = _cached_length(arguments)
-    if before is None:
-        return np.full(shape, UNKNOWN, np.int64)
-    positions = np.empty(shape, np.int64)
-    positions[:] = np.arange(before, before + shape[1])
-    return positions
+            fits = tuple(given.shape[-1:]) == shape[1:]
+            if fits and given.numel() in (shape[1], shape[0] * shape[1]):
+                return _integers(given)
+    return None
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
@@ -246,13 +320,26 @@ def _cached_length(arguments: Mapping[str, Any]) -> int | None:
         return None
 
 
-def _mask(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.bool_]:
+def _mask(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.bool_] | None:
     given = arguments.get("attention_mask")
     if isinstance(given, Tensor) and given.ndim == _TOKEN_NDIM and has_bytes(given):
         last = given[:, max(given.shape[1] - shape[1], 0) :]
         if tuple(last.shape) == shape:
             return np.ascontiguousarray((last != 0).cpu().numpy())
-    return np.ones(shape, np.bool_)
+    return None
+
+
+def _few(ids: Tensor) -> list[list[int]] | None:
+    """Give ids [B, S] of one token at a time; None of any others.
+
+    Between two tokens caches are cold: every function that is not called counts.
+    """
+    try:
+        if ids.dtype is torch.int64 and type(ids) is Tensor and ids.ndim == _TOKEN_NDIM:
+            return ids.tolist() if 0 < ids.numel() <= _FEW and ids.is_cpu else None
+    except RuntimeError:  # of torch.func's, or without strides
+        pass
+    return None
 
 
 def _integers(tensor: Tensor) -> NDArray[np.int64]:

@@ -12,19 +12,29 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.capture.group import KIND_BITS, PACKET_OVERHEAD, PARTS, WHOLE, Group, Kind, Part
+from actstore.capture.group import (
+    KIND_BITS,
+    PACKET_OVERHEAD,
+    PARTS,
+    WHOLE,
+    Group,
+    Inputs,
+    Kind,
+    Part,
+    StagedPass,
+)
 from actstore.capture.memory import Memory
 from actstore.errors import CaptureError
 from actstore.packet import LayerInfo, PassInfo, TokenRecord
 from actstore.stream.direct import PAGE, PAGED_BYTES
-from actstore.stream.records import BLOCK_LIMIT, Features, Pass
+from actstore.stream.records import BLOCK_LIMIT, Features
 from actstore.stream.writer import CommitPoint
 
 __all__ = ["Stage"]
@@ -239,37 +249,40 @@ class Stage:
         with self._lock:
             self._room(0).features.append(features)
 
-    def begin_pass(self, info: PassInfo, texts: dict[int, str] | None = None) -> None:
+    def begin_pass(
+        self, inputs: Inputs | PassInfo, texts: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
         """Stage a pass's inputs: the packets that follow are of it."""
         with self._lock:
             group = self._room(0)
-            group.passes[info.index] = Pass(info, closed=False)
-            group.texts.update(texts or {})
-            group.starts.append((len(group.packets), info.index))
-            self._pass, self._running = info.index, True
-            self._next_pass, self._boundary = info.index + 1, False
+            index = self._pass = inputs.index
+            group.passes[index] = StagedPass(index, inputs)
+            group.texts.update(texts)
+            group.starts.append((len(group.packets), index))
+            self._running = True
+            self._next_pass, self._boundary = index + 1, False
 
-    def update_pass(self, info: PassInfo, texts: dict[int, str] | None = None) -> None:
+    def update_pass(
+        self, inputs: Inputs | PassInfo, texts: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
         """Stage a pass's inputs again, with axes that became known while it runs."""
         with self._lock:
             group = self._room(0)
-            group.passes[info.index] = Pass(info, closed=False)
-            group.texts.update(texts or {})
+            group.passes[inputs.index] = StagedPass(inputs.index, inputs)
+            group.texts.update(texts)
 
     def end_pass(self, index: int, *, aborted: bool, flush: bool) -> None:
         """Say how a pass ended; with ``flush``, seal the group if it is due."""
         with self._lock:
             group = self._room(0)
             known = group.passes.get(index)
-            info = known.info if known else PassInfo(index)
-            if aborted:
-                info = replace(info, aborted=True)
-            ended = Pass(info, closed=True, status_only=known is None)
-            group.passes[index] = ended
+            if known is None:
+                known = group.passes[index] = StagedPass(index, None)
+            known.closed, known.aborted = True, aborted
             self._running = False
             if flush:
                 self._seal_if_due()
-            if self._in_turn:
+            if self._in_turn and (self._sealed or self._encoder == _ENCODING):
                 self._let_encode()
 
     def add_token(self, record: TokenRecord) -> None:
@@ -279,7 +292,7 @@ class Stage:
             self._room(0).tokens.append(record)
             self._next_step, self._boundary = record.step + 1, True
             self._seal_if_due()
-            if self._in_turn:
+            if self._in_turn and (self._sealed or self._encoder == _ENCODING):
                 self._let_encode()
 
     def flush(self) -> None:
@@ -462,8 +475,6 @@ class Stage:
 
     def _let_encode(self) -> None:
         """Wait until what is sealed is encoded, or the encoder waits for the disk."""
-        if not self._sealed and self._encoder != _ENCODING:
-            return
         began = self._clock()
         self._changed.notify_all()
         while self._failure is None and (

@@ -62,6 +62,7 @@ BLOCK_LIMIT: Final = 16 << 20  # raw bytes of a block
 PACKETS_LIMIT: Final = 1 << 16  # packets of a block
 NO_POSITION: Final = -(1 << 63)
 _AXES_LIMIT: Final = 16
+_FEW: Final = 16
 _TEXTS: Final = 1 << 14  # ids of a TEXT that is written
 _NDIM_LIMIT: Final = 64
 _SIZE_LIMIT: Final = 1 << 58  # what NumPy takes of 16 bytes each; also where a length is 0
@@ -364,16 +365,29 @@ class Pass:
 
 def _encode_axis(axis: Axis) -> tuple[list[bytes], tuple[int, int, int]]:
     """Give an axis's arrays as bytes, and their codes: 0 absent, else a dtype's (the mask: 1)."""
-    arrays, codes = [], []
-    absent = bool(np.all(axis.token_ids == -1))
-    for values, skip in ((axis.positions, False), (axis.token_ids, absent)):
-        narrow = values.size == 0 or (values.min() >= -(1 << 31) and values.max() < 1 << 31)
-        kind = dtypes.BY_NAME["int32" if narrow else "int64"]
-        codes.append(0 if skip else kind.code)
-        arrays.append(b"" if skip else values.astype(kind.numpy.newbyteorder("<")).tobytes())
+    ids = _encode_integers(axis.token_ids, -1)
+    positions = _encode_integers(axis.positions)
     whole = bool(axis.mask.all())
-    arrays.append(b"" if whole else np.packbits(axis.mask, bitorder="little").tobytes())
-    return arrays, (codes[0], codes[1], int(not whole))
+    mask = b"" if whole else np.packbits(axis.mask, bitorder="little").tobytes()
+    return [positions[0], ids[0], mask], (positions[1], ids[1], int(not whole))
+
+
+def _encode_integers(values: NDArray[np.int64], absent: int | None = None) -> tuple[bytes, int]:
+    """Give integers as bytes, and their dtype's code; nothing and 0 where all are ``absent``."""
+    # of a few, as one token at a time has them, Python's own are faster than NumPy's
+    numbers = values.ravel().tolist() if values.size <= _FEW else None
+    low, high = (
+        (min(numbers, default=0), max(numbers, default=0))
+        if numbers is not None
+        else (int(values.min()), int(values.max()))
+    )
+    if low == high == absent:
+        return b"", 0
+    narrow = low >= -(1 << 31) and high < 1 << 31
+    code = dtypes.BY_NAME["int32" if narrow else "int64"].code
+    if numbers is not None:
+        return struct.pack(f"<{len(numbers)}{'i' if narrow else 'q'}", *numbers), code
+    return values.astype("<i4" if narrow else "<i8").tobytes(), code
 
 
 def _decode_axis(header: _Cursor, values: _Cursor) -> Axis:

@@ -261,14 +261,27 @@ class _Layout:
     """Records one behind the other, from an offset of the file on."""
 
     def __init__(self, offset: int, sync: bytes) -> None:
-        self.buffers: list[Any] = []
+        self._buffers: list[Any] = []
+        self._small: list[Any] = []
         self._at = offset
         self._sync = sync
+
+    @property
+    def buffers(self) -> list[Any]:
+        """The records' bytes; of small ones in a row joined, for a call is made of each buffer."""
+        if self._small:
+            self._buffers.append(b"".join(self._small))
+            self._small = []
+        return self._buffers
 
     def add(self, record: Record) -> Entry:
         """Put a record behind those before; say where it is."""
         entry = record.entry(self._at)
-        self.buffers += [record.frame(self._sync), *record.payload]
+        self._small.append(record.frame(self._sync))
+        if entry.payload_length <= PAGE:
+            self._small += record.payload
+        else:
+            self.buffers.extend(record.payload)
         self._at = entry.end
         return entry
 

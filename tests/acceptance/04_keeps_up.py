@@ -21,9 +21,7 @@ BENCHMARKS = ROOT / "tests/benchmarks"
 sys.path[:0] = [str(ROOT), str(BENCHMARKS), str(ROOT / "tests/acceptance")]
 
 import log_throughput
-import numpy as np
 import speed_kept
-import torch
 from feeding import feed
 from report import run
 from speed_kept import BLOCKS, FULL, PARTS, Case
@@ -84,7 +82,7 @@ def beats_the_floor() -> str:
     with tempfile.TemporaryDirectory(dir=Path()) as folder:
         for size in (64 << 10, 1 << 20, 16 << 20):
             mine = log_throughput.packets(size)
-            data = np.concatenate([one.view(torch.uint8).numpy() for one in mine])
+            data = log_throughput.bytes_of(mine)
             passes = max(1, (1 << 30) // size // log_throughput.LAYERS)
             for codec in ("none", "lz4", "zstd"):
                 line = log_throughput.row(Path(folder), size, codec, mine, data, passes, ROUNDS)

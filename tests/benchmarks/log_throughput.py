@@ -35,18 +35,24 @@ from actstore.stream.records import crc32c
 LAYERS = 32
 SIZES = (2 << 10, 4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)
 TOTAL, MOST_PACKETS = 1 << 30, 200_000
-_PIECE = 1 << 20
+_PIECE, _FLOOR = 1 << 20, 128 << 20
 
 
 def packets(nbytes: int) -> list[torch.Tensor]:
     """Give different packets of so many bytes, as many as a few passes take."""
-    count = max(2, min(8 * LAYERS, (128 << 20) // nbytes))
+    count = max(2, min(8 * LAYERS, _FLOOR // nbytes))
     rng = np.random.default_rng(0)
     scales = rng.lognormal(0, 1, nbytes // 2).astype(np.float32)
     return [
         torch.from_numpy(rng.standard_normal(nbytes // 2, np.float32) * scales).to(torch.bfloat16)
         for _ in range(count)
     ]
+
+
+def bytes_of(mine: list[torch.Tensor]) -> np.ndarray:
+    """Give the bytes of packets, again and again, as many as the floor is measured with."""
+    once = np.concatenate([one.view(torch.uint8).numpy() for one in mine])
+    return np.resize(once, _FLOOR)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -110,8 +116,7 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         for size in given.sizes:
             mine = packets(size)
-            data = np.concatenate([one.view(torch.uint8).numpy() for one in mine])
-            data = data[: data.nbytes // _PIECE * _PIECE]
+            data = bytes_of(mine)
             passes = max(1, min(TOTAL // size, MOST_PACKETS) // LAYERS)
             for codec in given.codecs:
                 print(row(Path(name), size, codec, mine, data, passes, given.rounds), flush=True)
