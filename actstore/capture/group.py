@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from actstore.stream.writer import CommitPoint
 
 __all__ = [
     "ALIAS",
+    "ALIGN",
     "KIND_BITS",
     "PACKET_OVERHEAD",
     "PARTS",
@@ -31,6 +32,8 @@ __all__ = [
     "StagedPass",
 ]
 
+#: Offsets of packets in an arena are multiples of it.
+ALIGN: Final = 64
 #: A packet is ``place << KIND_BITS | kind``.
 KIND_BITS: Final = 32
 WHOLE, ALIAS, PARTS = range(3)
@@ -148,6 +151,9 @@ class Group:
         Where the run stands at its end; set when it is sealed.
     sealed : float
         When, by the stage's clock.
+    crossing : object or None
+        What of it is on devices, as ``device.py`` has it: ``send()`` when it is sealed,
+        ``arrive()`` before it is encoded.
     durable : threading.Event or None
         Set by the writer when the group is on the disk; None where nobody waits for that.
     """
@@ -169,6 +175,7 @@ class Group:
     tokens: list[TokenRecord] = field(default_factory=list)
     point: CommitPoint = field(default_factory=CommitPoint)
     sealed: float = 0.0
+    crossing: Any = None
     durable: threading.Event | None = None
 
     @property

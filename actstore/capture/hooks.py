@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actstore.capture.device import Crossings
 from actstore.capture.outputs import Choice, LayerState, Live, Outputs, first_tensor, tensors_of
 from actstore.capture.passes import (
     UNKNOWN,
@@ -78,6 +79,8 @@ class Hooks:
         What is kept of what fires.
     known_widths : set of int
         Widths whose features the log holds already.
+    crossings : Crossings
+        How packets of devices come to the host.
     tokenizer : object, optional
         With ``decode([id])``: texts of the ids that are fed.
     flush_at_pass_end : bool
@@ -104,6 +107,7 @@ class Hooks:
         known: Mapping[str, LayerInfo] | None = None,
         choice: Choice | None = None,
         known_widths: set[int] | None = None,
+        crossings: Crossings | None = None,
         tokenizer: Any = None,
         flush_at_pass_end: bool = True,
     ) -> None:
@@ -116,9 +120,10 @@ class Hooks:
         self._stacks = stacks
         self._forks = _forks
         self._choice = choice or Choice()
-        self._outputs = Outputs(stage, self._choice, known_widths)
+        self._outputs = Outputs(stage, self._choice, known_widths, crossings)
         self._tokenizer = tokenizer
         self._texts: set[int] = set()
+        self._unread: deque[FedAxis | Axis] = deque()  # whose texts are wanted
         self._flush = flush_at_pass_end
         self._annotations: dict[str, list[Any]] = {}
         self._pass: Fed | None = None
@@ -170,8 +175,13 @@ class Hooks:
         self._remove()
         _attached.discard(self)
         self._live.thread = 0
-        if self._pass is not None and not self.forked:
+        if self.forked:
+            return
+        if self._pass is not None:
             self._close_pass(aborted=self._entries.inside)
+        texts = self._new_texts((), wait=True)
+        if texts and self._stage.failure is None:
+            self._stage.add_texts(texts)
 
     def _attach(self, target: Target) -> Any:
         layer, module = self._layers[target.name], target.module
@@ -352,11 +362,22 @@ class Hooks:
         if self._stage.failure is None:  # which has surfaced already, or will at the end
             self._stage.end_pass(index, aborted=aborted, flush=self._flush)
 
-    def _new_texts(self, axes: Iterable[FedAxis | Axis]) -> Mapping[int, str]:
+    def _new_texts(
+        self, axes: Iterable[FedAxis | Axis], *, wait: bool = False
+    ) -> Mapping[int, str]:
+        """Give the texts of ids that are fed for the first time, once they are on the host."""
         if self._tokenizer is None:
             return {}
-        given = [one.token_ids if isinstance(one, Axis) else one.ids for one in axes]
-        fed = {number for ids in given if ids is not None for number in np.unique(ids).tolist()}
+        self._unread.extend(axes)
+        fed: set[int] = set()
+        while self._unread:
+            axis = self._unread[0]
+            if isinstance(axis, FedAxis):
+                if not wait and not all(event.query() for event in axis.events):
+                    break
+                axis = axis.axis()
+            fed |= set(np.unique(axis.token_ids).tolist())
+            self._unread.popleft()
         new = sorted(fed - self._texts - {-1})
         texts = {one: str(self._tokenizer.decode([one])) for one in new}
         self._texts.update(new)

@@ -7,6 +7,7 @@ one capture has used is kept for the next, as long as its framework lives.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +20,20 @@ class Memory:
 
     def __init__(self) -> None:
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
+        self._fresh: Callable[[int], NDArray[np.uint8]] = _fresh
+
+    def use(self, fresh: Callable[[int], NDArray[np.uint8]]) -> None:
+        """Take memory of another sort from now on, from where it is given fresh."""
+        if fresh is not self._fresh:
+            self._free.clear()
+            self._fresh = fresh
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
         """Give a piece of so many bytes: the one that was given back last, or a fresh one."""
         try:
             return self._free[nbytes].pop()
         except (KeyError, IndexError):
-            return _fresh(nbytes)
+            return self._fresh(nbytes)
 
     def give_back(self, piece: NDArray[np.uint8]) -> None:
         """Keep a piece that is not used any more for the next who takes one of its size."""

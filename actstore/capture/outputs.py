@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actstore import dtypes
+from actstore.capture.device import Crossings, takes
 from actstore.capture.group import ALIAS, Kind
 from actstore.capture.passes import Fed, FedAxis, RowChoice, has_bytes
 from actstore.capture.stage import Stage
@@ -153,6 +154,8 @@ class Outputs:
         What is kept.
     known_widths : set of int
         Widths whose features the log holds already.
+    crossings : Crossings
+        How packets of devices come to the host.
 
     Attributes
     ----------
@@ -162,10 +165,17 @@ class Outputs:
         The pass runs under ``inference_mode``: its tensors have no version.
     """
 
-    def __init__(self, stage: Stage, choice: Choice, known_widths: set[int] | None = None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        choice: Choice,
+        known_widths: set[int] | None = None,
+        crossings: Crossings | None = None,
+    ) -> None:
         self.skipped: Counter[str] = Counter()
         self.inference = False
         self._stage = stage
+        self._crossings = crossings or Crossings()
         self._choice = choice
         self._sampling = choice.sampling
         self._written_widths = set(known_widths or ())
@@ -212,6 +222,7 @@ class Outputs:
             Takes the module's arguments and its output.
         """
         seen, put, reference = self._seen, self._stage.put, weakref.ref
+        put_from, copier = self._stage.put_from, self._crossings.copier
         identify, in_backward = threading.get_ident, torch._C._current_graph_task_id
         clock = time.perf_counter
 
@@ -225,7 +236,7 @@ class Outputs:
                     or tensor.shape != layer.shape
                     or tensor.dtype is not layer.dtype
                     or identify() != live.thread
-                    or not tensor.is_cpu
+                    or not ((on_host := tensor.is_cpu) or takes(tensor.device))
                     or not tensor.is_contiguous()
                     or tensor.is_neg()
                     or in_backward() != -1
@@ -238,7 +249,10 @@ class Outputs:
                 address = tensor.data_ptr()
             except RuntimeError:  # it has none
                 return otherwise(args, output)
-            seq = put(layer.kind, layer.nbytes, address)
+            if on_host:
+                seq = put(layer.kind, layer.nbytes, address)
+            else:
+                seq = put_from(layer.kind, layer.nbytes, copier(tensor.detach()))
             layer.kept += 1
             # the packet's state, as _state has it, in one tuple with the rest
             seen[id(tensor)] = (
@@ -266,7 +280,8 @@ class Outputs:
         if self._sampling is not None and kept.ndim:
             width = kept.shape[-1]
             kept = kept.index_select(-1, self._features(width, kept.device))
-        if kept.device.type != "cpu":
+        staged = takes(kept.device)  # on the device
+        if not staged and not kept.is_cpu:
             kept = kept.cpu()
         plain = kept.resolve_conj().resolve_neg().contiguous()
         if not layer.described:
@@ -279,7 +294,10 @@ class Outputs:
             self._stage.put_alias(self._stage.kind(kind._replace(nbytes=0, form=ALIAS)), known)
         else:
             number = self._stage.kind(kind)
-            seq = self._stage.put(number, plain.nbytes, plain.data_ptr())
+            if staged:
+                seq = self._stage.put_from(number, plain.nbytes, self._crossings.copier(plain))
+            else:
+                seq = self._stage.put(number, plain.nbytes, plain.data_ptr())
             self._seen[id(tensor)] = (weakref.ref(tensor), seq, *state)
             if self._choice.plain and not tensor.dtype.is_complex:
                 layer.dtype, layer.shape = tensor.dtype, tensor.shape
@@ -349,7 +367,8 @@ class Outputs:
 
     def _unchanged(self, tensor: Tensor, seq: int) -> bool:
         """Compare a tensor that has no version with its staged copy, byte for byte."""
-        if self._sampling is not None or self._chosen or tensor.device.type != "cpu":
+        elsewhere = takes(tensor.device) or not tensor.is_cpu
+        if self._sampling is not None or self._chosen or elsewhere:
             return False
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
         return self._stage.same_bytes(seq, plain.data_ptr(), plain.nbytes)

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from actstore.capture.device import late, takes
 from actstore.config import Rows
 from actstore.errors import ConfigError
 from actstore.packet import Axis, PassInfo
@@ -70,6 +71,8 @@ class FedAxis:
         int64, as many as the sequence has, or of each row; None where none were given.
     before : int
         Else: how many positions came before the first, or `UNKNOWN`.
+    events : list
+        Behind the copies that come from a device: the arrays are good once these have passed.
     """
 
     name: str
@@ -80,6 +83,7 @@ class FedAxis:
     mask: NDArray[np.bool_] | None = None
     before: int = 0
     flat: bool = False
+    events: list[Any] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -87,7 +91,9 @@ class FedAxis:
         return self.batch * self.sequence
 
     def axis(self) -> Axis:
-        """Give the axis."""
+        """Give the axis; wait for what comes from a device."""
+        for event in self.events:
+            event.synchronize()
         shape = (self.batch, self.sequence)
         ids, positions, mask = self.ids, self.positions, self.mask
         if positions is None and self.before == UNKNOWN:
@@ -243,12 +249,12 @@ def _fed_axis(name: str, arguments: Mapping[str, Any], *, guess: bool = True) ->
         shape = (source.shape[0], 1) if source is embeds else (1, source.shape[0])
     axis = FedAxis(name, *shape, flat=leading != _TOKEN_NDIM)
     if ids is not None:
-        axis.ids = few or _integers(ids)
-    axis.positions = _positions(arguments, shape)
+        axis.ids = few or _copied(ids, torch.int64, axis.events)
+    axis.positions = _positions(arguments, shape, axis.events)
     if axis.positions is None:
         before = _cached_length(arguments)
         axis.before = UNKNOWN if before is None else before
-    axis.mask = _mask(arguments, shape)
+    axis.mask = _mask(arguments, shape, axis.events)
     return axis
 
 
@@ -284,14 +290,16 @@ def read_rows(name: str, arguments: Mapping[str, Any]) -> FedAxis | None:
     return FedAxis(name, source.shape[0], 1 if flat else source.shape[1], flat=flat)
 
 
-def _positions(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.int64] | None:
+def _positions(
+    arguments: Mapping[str, Any], shape: tuple[int, int], events: list[Any]
+) -> NDArray[np.int64] | None:
     """Give the positions that were given of the rows: [S] or [B, S]."""
     for name in ("position_ids", "cache_position"):
         given = arguments.get(name)
         if isinstance(given, Tensor) and given.ndim <= _TOKEN_NDIM and has_bytes(given):
             fits = tuple(given.shape[-1:]) == shape[1:]
             if fits and given.numel() in (shape[1], shape[0] * shape[1]):
-                return _integers(given)
+                return _copied(given, torch.int64, events)
     return None
 
 
@@ -320,12 +328,14 @@ def _cached_length(arguments: Mapping[str, Any]) -> int | None:
         return None
 
 
-def _mask(arguments: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.bool_] | None:
+def _mask(
+    arguments: Mapping[str, Any], shape: tuple[int, int], events: list[Any]
+) -> NDArray[np.bool_] | None:
     given = arguments.get("attention_mask")
     if isinstance(given, Tensor) and given.ndim == _TOKEN_NDIM and has_bytes(given):
         last = given[:, max(given.shape[1] - shape[1], 0) :]
         if tuple(last.shape) == shape:
-            return np.ascontiguousarray((last != 0).cpu().numpy())
+            return _copied(last != 0, torch.bool, events)
     return None
 
 
@@ -342,10 +352,13 @@ def _few(ids: Tensor) -> list[list[int]] | None:
     return None
 
 
-def _integers(tensor: Tensor) -> NDArray[np.int64]:
-    if tensor.is_cpu and tensor.dtype is torch.int64:
-        return tensor.detach().numpy().copy()
-    return tensor.detach().to("cpu", torch.int64, copy=True).numpy()
+def _copied(tensor: Tensor, dtype: torch.dtype, events: list[Any]) -> NDArray[Any]:
+    """Copy a tensor; from a device later, when the events that are added have passed."""
+    if takes(tensor.device):
+        values, event = late(tensor, dtype)
+        events.append(event)
+        return values
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous().numpy()
 
 
 def _first(arguments: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:

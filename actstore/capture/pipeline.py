@@ -99,6 +99,8 @@ class Pipeline:
                         # once the interpreter exits, a pool takes nothing more
                         ends = not threading.main_thread().is_alive()
                         each = map if ends else pool.map
+                        if group.crossing is not None:
+                            group.crossing.arrive()
                         scratch = self._memory.take(self._stage.group_bytes)
                         encoded = encode(group, self._codec, self._block, calls, each, scratch)
                         if self._ready.full():

@@ -26,6 +26,7 @@ from torch import nn
 
 from actstore import codecs
 from actstore.capture import place
+from actstore.capture.device import Crossings, pinned
 from actstore.capture.header import check_same_run, describe
 from actstore.capture.hooks import Hooks
 from actstore.capture.memory import Memory
@@ -204,12 +205,16 @@ class Capture:
                 place.move_aside(self._path, checkpoint_path)
             self._writer = stack.enter_context(StreamWriter(self._path))
             run = self._begin(header, checkpoint_path)
+            self._crossings = Crossings()
+            in_turn = _on_cores(self._models)
+            if self._memory is not None and not in_turn:
+                self._memory.use(pinned)
             self._stage = Stage(
                 self._config.budget,
                 run.point,
                 memory=self._memory,
                 into=str(self._path),
-                in_turn=_on_cores(self._models),
+                in_turn=in_turn,
             )
             self._pipeline = Pipeline(
                 self._stage,
@@ -235,6 +240,7 @@ class Capture:
                     first.hooks.stop_after_last_layer,
                 ),
                 known_widths=run.widths,
+                crossings=self._crossings,
                 tokenizer=first.tokenizer,
                 flush_at_pass_end=not self._options.track_per_token,
             )
@@ -369,6 +375,7 @@ class Capture:
             "budget": stage.waited_seconds,
             "encoding": stage.encoding_seconds,
             "disk": stage.syncing_seconds,
+            "device": self._crossings.waited_seconds,
         }
         skipped = dict(hooks.skipped)
         return {

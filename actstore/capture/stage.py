@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.capture.group import (
+    ALIGN,
     KIND_BITS,
     PACKET_OVERHEAD,
     PARTS,
@@ -41,7 +42,6 @@ __all__ = ["Stage"]
 
 GROUP_BYTES: Final = 64 << 20
 FLUSH_SECONDS: Final = 1.0
-_ALIGN: Final = 64
 #: Bytes of an arena for each packet that it may hold.
 _ARENA_A_PACKET: Final = 1024
 _PARTS_LIMIT: Final = (1 << 16) - 1
@@ -58,6 +58,16 @@ _move_small: Any = ctypes.PyDLL(None).memmove
 _move_small.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _move_small.restype = None
 _SMALL: Final = 32 << 10
+
+
+Copy = Callable[[Group, int, int, int], None]
+
+
+def _from_memory(address: int) -> Copy:
+    def copy(group: Group, offset: int, start: int, nbytes: int) -> None:
+        ctypes.memmove(group.address + offset, address + start, nbytes)
+
+    return copy
 
 
 class Stage:
@@ -202,11 +212,25 @@ class Stage:
             count = len(packets)
             small = nbytes < self._small and offset + nbytes <= group.limit
             if not small or count >= self._most_packets:
-                return self._put_large(kind, nbytes, address)
+                return self._put_large(kind, nbytes, _from_memory(address))
             _move_small(group.address + offset, address, nbytes)
-            group.used = (offset + nbytes + _ALIGN - 1) & -_ALIGN
+            group.used = (offset + nbytes + ALIGN - 1) & -ALIGN
             packets.append(offset << KIND_BITS | kind)
             return group.base + count
+
+    def put_from(self, kind: int, nbytes: int, copy: Copy) -> int:
+        """Copy a packet in that is elsewhere than in the host's memory; like ``put``.
+
+        Parameters
+        ----------
+        kind, nbytes : int
+            As ``put`` has them.
+        copy : callable
+            Takes the group, an offset in its arena, and of the packet's bytes the first and how
+            many; has copied them by the time that the group's ``crossing`` has arrived.
+        """
+        with self._lock:
+            return self._put_large(kind, nbytes, copy)
 
     def put_alias(self, kind: int, seq: int) -> int:
         """Stage a packet that has the values of an earlier one of its pass; give its seq.
@@ -284,6 +308,11 @@ class Stage:
                 self._seal_if_due()
             if self._in_turn and (self._sealed or self._encoder == _ENCODING):
                 self._let_encode()
+
+    def add_texts(self, texts: Mapping[int, str]) -> None:
+        """Stage the texts of token ids."""
+        with self._lock:
+            self._room(0).texts.update(texts)
 
     def add_token(self, record: TokenRecord) -> None:
         """Stage a recorded token, and seal the group if it is due."""
@@ -405,11 +434,11 @@ class Stage:
     def _count_parts(self, nbytes: int) -> int:
         return max(1, -(-nbytes // self.part_bytes))
 
-    def _put_large(self, kind: int, nbytes: int, address: int) -> int:
+    def _put_large(self, kind: int, nbytes: int, copy: Copy) -> int:
         parts = self._count_parts(nbytes)
         if parts == 1:
             group = self._room(nbytes)
-            offset = self._copy(group, nbytes, address)
+            offset = self._copy(group, 0, nbytes, copy)
             group.packets.append(offset << KIND_BITS | kind)
             return group.base + len(group.packets) - 1
         group = self._room(0)
@@ -419,17 +448,17 @@ class Stage:
             start = part * self.part_bytes
             length = min(self.part_bytes, nbytes - start)
             group = self._room(length)
-            offset = self._copy(group, length, address + start)
+            offset = self._copy(group, start, length, copy)
             group.parts.append(Part(kind, seq, part, parts, offset, length, self._pass))
         return seq
 
-    def _copy(self, group: Group, nbytes: int, address: int) -> int:
+    def _copy(self, group: Group, start: int, nbytes: int, copy: Copy) -> int:
         """Copy bytes to the arena's next place; give its offset."""
         offset = group.used
         if nbytes >= PAGED_BYTES:
             offset = (offset + PAGE - 1) & -PAGE
-        ctypes.memmove(group.address + offset, address, nbytes)
-        group.used = (offset + nbytes + _ALIGN - 1) & -_ALIGN
+        copy(group, offset, start, nbytes)
+        group.used = (offset + nbytes + ALIGN - 1) & -ALIGN
         return offset
 
     def _room(self, nbytes: int) -> Group:
@@ -492,6 +521,8 @@ class Stage:
         group.point = CommitPoint(
             self._nothing.base, self._next_pass, self._next_step, self._boundary
         )
+        if group.crossing is not None:
+            group.crossing.send()
         group.sealed = self._clock()
         self._sealed.append(group)
         self._busy_bytes += group.charge
