@@ -7,6 +7,7 @@ that is used again too early, shows in the bytes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,7 +128,7 @@ SLOW = HookConfig(outputs="all")
 def test_what_crosses_is_what_plain_hooks_see(
     lagging: Device, architecture: str, run: Any, codec: str, dtype: torch.dtype, log: Path
 ) -> None:
-    model = build(architecture).to(dtype)
+    model = copy.deepcopy(build(architecture)).to(dtype)
     with Oracle(model) as oracle, capturing(model, log, FULL, codec=codec, hooks=SLOW):
         run(model)
         run(model)

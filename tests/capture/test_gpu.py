@@ -6,6 +6,7 @@ one in ``test_device.py``.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ pytestmark = [
 
 
 def _on_gpu(architecture: str, dtype: torch.dtype) -> Any:
-    return build(architecture).to("cuda", dtype).eval()
+    return copy.deepcopy(build(architecture)).to("cuda", dtype).eval()
 
 
 def _forward(model: nn.Module) -> None:

@@ -97,5 +97,5 @@ def test_the_summary_of_a_capture_counts_what_came_and_what_was_written(tmp_path
     assert (said["raw_bytes"], said["encoded_bytes"]) == (raw, encoded)
     assert 0 < said["share_in_hooks"] < 1
     assert said["peak_gbps"] >= said["sustained_gbps"] > 0
-    assert set(said["waited_by_cause"]) == {"budget", "encoding", "disk"}
+    assert set(said["waited_by_cause"]) == {"budget", "encoding", "disk", "device"}
     assert said["writing_seconds"] > 0
