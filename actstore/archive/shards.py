@@ -8,7 +8,7 @@ of its own.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,12 +19,31 @@ from numpy.typing import NDArray
 
 from actstore import codecs, files
 
-__all__ = ["EMPTY", "check_shard", "codec_metadata", "encode_shard", "write_shard"]
+__all__ = [
+    "EMPTY",
+    "MismatchError",
+    "check_shard",
+    "codec_metadata",
+    "encode_shard",
+    "memory_of",
+    "write_shard",
+]
 
 EMPTY: Final = (1 << 64) - 1
 _CRC: Final = struct.Struct("<I")
 _SHUFFLES: Final = {"zstd": "shuffle", "lz4": "bitshuffle"}
 _LEVELS: Final = {"zstd": 1, "lz4": 5}
+#: Chunks that are in memory besides: read, padded, encoded, decoded, and a block of the log.
+_BESIDE: Final = 8
+
+
+class MismatchError(Exception):
+    """What was encoded or written is not what it was made of."""
+
+
+def memory_of(chunks: int, chunk_bytes: int) -> int:
+    """Give the bytes that making a shard takes, at most."""
+    return (chunks + _BESIDE) * chunk_bytes
 
 
 def codec_metadata(
@@ -68,18 +87,23 @@ def codec_metadata(
 
 
 def encode_shard(
-    rows: NDArray[Any], chunk_rows: int, present: NDArray[np.bool_], fill: Any, compression: str
+    chunks: Iterable[tuple[int, NDArray[Any]]],
+    chunk_rows: int,
+    count: int,
+    fill: Any,
+    compression: str,
 ) -> list[Any]:
-    """Encode the rows of one layer as a shard.
+    """Encode the rows of one layer as a shard; decode and compare each chunk.
 
     Parameters
     ----------
-    rows : numpy.ndarray
-        [n, *row_shape], n at most ``chunk_rows`` × the number of chunks.
+    chunks : iterable of (int, numpy.ndarray)
+        The number of each inner chunk that is written, ascending, and its rows: [n, *row_shape],
+        n at most ``chunk_rows``. The others are empty.
     chunk_rows : int
         Rows of an inner chunk.
-    present : numpy.ndarray
-        bool: for each inner chunk of the shard whether it is written; the others are empty.
+    count : int
+        The number of inner chunks of the shard.
     fill : scalar
         The fill value, for the rows behind the last.
     compression : {"zstd", "lz4", "none"}
@@ -89,17 +113,23 @@ def encode_shard(
     -------
     list of bytes-like
         The chunks and the index.
+
+    Raises
+    ------
+    MismatchError
+        Stock Blosc decodes a chunk to something else.
     """
     buffers: list[Any] = []
-    index = np.full((present.size, 2), EMPTY, "<u8")
+    index = np.full((count, 2), EMPTY, "<u8")
     offset = 0
-    for number in np.flatnonzero(present).tolist():
-        chunk = rows[number * chunk_rows : (number + 1) * chunk_rows]
+    for number, rows in chunks:
+        chunk = rows
         if len(chunk) < chunk_rows:
-            padded = np.full((chunk_rows, *rows.shape[1:]), fill, rows.dtype)
-            padded[: len(chunk)] = chunk
-            chunk = padded
-        encoded = _encode_chunk(np.ascontiguousarray(chunk), compression)
+            chunk = np.full((chunk_rows, *rows.shape[1:]), fill, rows.dtype)
+            chunk[: len(rows)] = rows
+        data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+        encoded = _encode_chunk(data, chunk.dtype.itemsize, compression)
+        _compare(encoded, data, compression)
         crc = _CRC.pack(castagnoli.crc32c(encoded))
         index[number] = offset, len(encoded) + len(crc)
         offset += len(encoded) + len(crc)
@@ -108,20 +138,44 @@ def encode_shard(
     return [*buffers, table, _CRC.pack(castagnoli.crc32c(table))]
 
 
-def _encode_chunk(chunk: NDArray[Any], compression: str) -> Any:
-    data = chunk.reshape(-1).view(np.uint8)
+def _encode_chunk(data: NDArray[np.uint8], itemsize: int, compression: str) -> Any:
     if compression == "none":
-        return memoryview(data)
+        return data.tobytes()
     if compression == "lz4":
         level = _LEVELS["lz4"]
-        return blosc.compress(data, b"lz4", level, blosc.BITSHUFFLE, 0, chunk.dtype.itemsize)
-    return codecs.plane_split(data, chunk.dtype.itemsize)
+        return blosc.compress(data, b"lz4", level, blosc.BITSHUFFLE, 0, itemsize)
+    return codecs.plane_split(data, itemsize)
+
+
+def _compare(encoded: Any, data: NDArray[np.uint8], compression: str) -> None:
+    """Decode a chunk by a decoder that is not ours."""
+    if compression == "none":
+        return
+    found = np.empty_like(data)
+    try:
+        blosc.decompress(encoded, found)
+    except RuntimeError as error:
+        raise MismatchError(str(error)) from error
+    if not np.array_equal(found, data):
+        msg = f"a chunk of {data.nbytes} bytes decodes to others"
+        raise MismatchError(msg)
 
 
 def write_shard(path: Path, buffers: list[Any]) -> int:
-    """Write a shard's file, durably, in a folder that no one reads yet; give its bytes."""
+    """Write a shard's file, durably, in a folder that no one reads yet; give its bytes.
+
+    Raises
+    ------
+    MismatchError
+        Other bytes are read back.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_new(path, buffers)
+    with path.open("rb") as file:
+        same = all(file.read(len(part)) == part for part in buffers) and not file.read(1)
+    if not same:
+        msg = f"{path} reads back other bytes than were written"
+        raise MismatchError(msg)
     return sum(map(len, buffers))
 
 

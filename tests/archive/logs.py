@@ -59,7 +59,12 @@ class LogBuilder:
     """
 
     def __init__(
-        self, path: Path, *, compression: str = "zstd", capture: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        *,
+        compression: str = "zstd",
+        capture: Mapping[str, Any] | None = None,
+        run: str = "00000000-0000-4000-8000-000000000000",
     ) -> None:
         self.path = path
         self.fired: list[Fired] = []
@@ -71,7 +76,7 @@ class LogBuilder:
         self._writer.__enter__()
         self._writer.start(
             {
-                "run_id": "00000000-0000-4000-8000-000000000000",
+                "run_id": run,
                 "writer": {"name": "test", "version": "0"},
                 "created": "2026-01-01T00:00:00.000+00:00",
                 "models": [],
@@ -209,9 +214,10 @@ def decoder_log(
     dtype: str = "bfloat16",
     compression: str = "zstd",
     finish: bool = True,
+    run: str = "00000000-0000-4000-8000-000000000000",
 ) -> LogBuilder:
     """Write the log of a decoder that reads a prompt and generates; ``fired`` is the oracle."""
-    log = LogBuilder(path, compression=compression)
+    log = LogBuilder(path, compression=compression, run=run)
     log.layer("model.embed_tokens", "embed")
     for block in range(blocks):
         log.layer(f"model.layers.{block}.mlp", "mlp", block)

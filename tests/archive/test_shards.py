@@ -36,6 +36,7 @@ def write(
     present: NDArray[np.bool_] | None = None,
 ) -> list[Path]:
     """Write an array of one layer in shards, as compaction does; give their files."""
+    folder.mkdir()
     writer = ArchiveWriter(folder)
     inner = (chunk_rows, *rows.shape[1:])
     writer.add_array(
@@ -55,7 +56,12 @@ def write(
         there = np.arange(count) * chunk_rows < len(mine)
         if present is not None:
             there &= present[number * count : (number + 1) * count]
-        buffers = shards.encode_shard(mine, chunk_rows, there, fill_of(rows.dtype), compression)
+        chunks = (
+            (one, mine[one * chunk_rows : (one + 1) * chunk_rows])
+            for one in np.flatnonzero(there).tolist()
+        )
+        fill = fill_of(rows.dtype)
+        buffers = shards.encode_shard(chunks, chunk_rows, count, fill, compression)
         path = shard_path(folder, "a", (number, *(0,) * (rows.ndim - 1)))
         assert shards.write_shard(path, buffers) == path.stat().st_size
         paths.append(path)
