@@ -35,7 +35,14 @@ from actstore.stream.joined import JoinedReader
 from actstore.stream.reader import StreamReader, open_stream
 from actstore.stream.rows import ElementReader, RowReader
 
-__all__ = ["CompactionReport", "compact", "element_reader", "plan_log", "row_reader"]
+__all__ = [
+    "CompactionReport",
+    "compact",
+    "differences",
+    "element_reader",
+    "plan_log",
+    "row_reader",
+]
 
 #: Called with the bytes that are done and those that there are.
 Progress = Callable[[int, int], None]
@@ -256,6 +263,58 @@ def _making(
         "arrays": [(one.name, one.dims, one.shape, one.source.name) for one in plan.variables],
     }
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def differences(
+    folder: Path,
+    streams: Pathlike | Sequence[Pathlike],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Compare an archive, read by zarr-python, with the logs that it was made of.
+
+    Yields
+    ------
+    (str, str)
+        What of the archive differs, and how. Texts are not compared: a tokenizer may have given
+        them.
+    """
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes))
+            for path in _paths(streams)
+        ]
+        reader = opened[0] if len(opened) == 1 else JoinedReader(opened)
+        reader.check()
+        plan = plan_log(reader)
+        for job in _jobs(reader, plan):
+            reason = _difference(folder, job)
+            if reason:
+                yield f"{job.file}, rows {job.shard.first} to {job.shard.last}", reason
+        for one in plan.coordinates:
+            if one.values.dtype == STRING:
+                continue
+            try:
+                found = store.read_part(folder, one.name, (slice(None),) * one.values.ndim)
+            except (OSError, ValueError, KeyError) as error:
+                yield one.name, f"it can't be read: {error}"
+                continue
+            if not np.array_equal(found, one.values, equal_nan=one.values.dtype.kind == "f"):
+                yield one.name, "its values are not those of the logs"
+
+
+def _difference(folder: Path, job: _Job) -> str:
+    """Say how the rows of a shard differ from the log's, if they do."""
+    try:
+        found = store.read_rows(folder, job.name, job.place, job.shard.first, job.shard.last)
+    except (OSError, ValueError, RuntimeError, ArchiveError) as error:
+        return f"it can't be read: {error}"
+    for number, rows in job.chunks():
+        start = number * job.shard.chunk_rows
+        mine = found[start : start + len(rows)]
+        if mine.dtype != rows.dtype or mine.tobytes() != rows.tobytes():
+            return f"its chunk {number} has other values than the logs"
+    return ""
 
 
 def plan_log(reader: Reader, tokenizer: Any = None) -> layout.Plan:

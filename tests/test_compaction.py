@@ -632,3 +632,27 @@ def test_the_tables_of_tokens_and_passes_hold_what_was_recorded(tmp_path: Path) 
             "logits_to_keep": [2, 0],
         }
         assert tuple(passes.sizes) == ("pass",)
+
+
+def test_an_archive_is_compared_with_its_logs(tmp_path: Path) -> None:
+    logs = [decoder_log(tmp_path / f"{one}.stream", run=str(one)).path for one in range(2)]
+    compact(logs, tmp_path / "all.zarr")
+    compact(logs[0], tmp_path / "one.zarr")
+    assert actstore.verify(tmp_path / "all.zarr", against=logs).ok
+    assert actstore.verify(tmp_path / "one.zarr", against=logs[0]).ok
+    other = decoder_log(tmp_path / "other.stream", steps=5).path
+    found = actstore.verify(tmp_path / "one.zarr", against=other)
+    assert {one.where for one in found.damage} >= {"token_id", "step"}
+    with pytest.raises(ConfigError, match="no archive"):
+        actstore.verify(logs[0], against=logs)
+
+
+def test_other_values_in_chunks_whose_checksums_fit_are_found(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream").path
+    compact(log, tmp_path / "run.zarr")
+    array = zarr.open_array(tmp_path / "run.zarr" / "mlp", mode="r+")
+    array[1, 3] = 1.0
+    assert actstore.verify(tmp_path / "run.zarr").ok
+    (found,) = actstore.verify(tmp_path / "run.zarr", against=log).damage
+    assert "mlp/c/1/0/0" in found.where
+    assert "chunk 0 has other values" in found.reason
