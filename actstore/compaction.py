@@ -116,7 +116,7 @@ def compact(
     streams: Pathlike | Sequence[Pathlike],
     out: Pathlike,
     *,
-    compression: str = "zstd",
+    profile: str = "balanced",
     tokenizer: Any = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
@@ -131,8 +131,9 @@ def compact(
         The log. Merging several is not there yet.
     out : path
         The archive, a folder that must not exist; by custom ``name.zarr``.
-    compression : {"zstd", "lz4", "none"}
-        Of the archive's chunks; always lossless.
+    profile : {"balanced", "fast", "dense", "none"}
+        Of the archive's chunks, always lossless: small at little cost; LZ4; the smallest, which
+        takes about three times as long to encode, and no longer to read; raw.
     tokenizer : object, optional
         With ``decode([id])``: gives the rows' ``token_text``.
     shapes, dtypes : mapping, optional
@@ -159,14 +160,14 @@ def compact(
     """
     began = time.monotonic()
     path, target = _one(streams), _path(out)
-    codecs.check_name(compression)
+    shards.check_profile(profile)
     _check_workers(workers)
     _check_target(target)
     with open_stream(path, shapes=shapes, dtypes=dtypes) as reader:
         reader.check()
         folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:12]}")
         try:
-            made = _write(reader, folder, compression, tokenizer, workers, progress)
+            made = _write(reader, folder, profile, tokenizer, workers, progress)
             files.replace(folder, target)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -212,7 +213,7 @@ def element_reader(reader: StreamReader, ragged: layout.Ragged) -> ElementReader
 def _write(
     reader: StreamReader,
     folder: Path,
-    compression: str,
+    profile: str,
     tokenizer: Any,
     workers: int,
     progress: Progress | None,
@@ -225,17 +226,17 @@ def _write(
     stored = Counter[str]()
     checks = []
     with _threads(workers) as pool:
-        written = pool.map(lambda job: _write_shard(folder, job, compression), jobs)
+        written = pool.map(lambda job: _write_shard(folder, job, profile), jobs)
         for job, (nbytes, crc) in zip(jobs, written, strict=True):
             stored.update(_shares(job.owners, nbytes))
             checks.append((job, crc))
             done += job.raw_bytes
             if progress is not None:
                 progress(done, total)
-        _describe_arrays(writer, plan, compression)
+        _describe_arrays(writer, plan, profile)
         chunks = sum(pool.map(lambda one: _verify_shard(folder, *one), checks))
     _add_labels(writer, plan, reader)
-    writer.finish(_attributes(reader, plan, stored, compression))
+    writer.finish(_attributes(reader, plan, stored, profile))
     return {
         "rows": plan.rows,
         "variables": (
@@ -298,11 +299,14 @@ def _shares(owners: Mapping[str, int], nbytes: int) -> dict[str, int]:
     return result
 
 
-def _write_shard(folder: Path, job: _Job, compression: str) -> tuple[int, int]:
+def _write_shard(folder: Path, job: _Job, profile: str) -> tuple[int, int]:
     """Write a shard; give the bytes of its file, and the CRC-32C of its rows."""
     rows, shard = job.rows(), job.shard
-    buffers = shards.encode_shard(rows, shard.chunk_rows, shard.present, job.fill, compression)
-    nbytes = shards.write_shard(store.shard_path(folder, job.name, job.path), buffers)
+    room = shards.room(rows, shard.chunk_rows, shard.present)
+    encoded = shards.encode_shard(
+        rows, shard.chunk_rows, shard.present, job.fill, profile, codecs.scratch("shard", room)
+    )
+    nbytes = shards.write_shard(store.shard_path(folder, job.name, job.path), encoded)
     return nbytes, _crc(rows)
 
 
@@ -331,7 +335,7 @@ def _crc(rows: NDArray[Any]) -> int:
     return castagnoli.crc32c(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
 
-def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, compression: str) -> None:
+def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, profile: str) -> None:
     for one in plan.variables:
         writer.add_array(
             one.name,
@@ -340,7 +344,7 @@ def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, compression
             one.dtype,
             chunks=one.chunks,
             shards=one.shards,
-            compression=compression,
+            profile=profile,
             attributes=one.attributes,
         )
     for ragged in plan.ragged:
@@ -351,7 +355,7 @@ def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, compression
             ragged.source.array,
             chunks=ragged.chunks,
             shards=ragged.shards,
-            compression=compression,
+            profile=profile,
             attributes=ragged.attributes,
         )
 
@@ -373,7 +377,7 @@ def _add_labels(writer: store.ArchiveWriter, plan: layout.Plan, reader: StreamRe
             writer.add_small(Coordinate(name, (dim,), values), group=group)
 
 
-def _analysis(reader: StreamReader, stored: Mapping[str, int], compression: str) -> dict[str, Any]:
+def _analysis(reader: StreamReader, stored: Mapping[str, int], profile: str) -> dict[str, Any]:
     """Give what ``analyze_activations`` says of the archive: the log's counts, its own bytes."""
     found = summary.summarise(reader)
     del found["stream_path"]
@@ -381,14 +385,14 @@ def _analysis(reader: StreamReader, stored: Mapping[str, int], compression: str)
         layer["bytes"] = stored.get(name, 0)
     total, raw = sum(stored.values()), found["total_raw_bytes"]
     return found | {
-        "compression": compression,
+        "compression": profile,
         "total_compressed_bytes": total,
         "compression_ratio": raw / total if total else 1.0,
     }
 
 
 def _attributes(
-    reader: StreamReader, plan: layout.Plan, stored: Mapping[str, int], compression: str
+    reader: StreamReader, plan: layout.Plan, stored: Mapping[str, int], profile: str
 ) -> dict[str, Any]:
     labels = [one.name for one in plan.coordinates if one.dims != (one.name,)]
     return {
@@ -397,9 +401,9 @@ def _attributes(
         "coordinates": " ".join(labels),
         "rows": dict(plan.rows),
         "aliases": dict(plan.aliases),
-        "compression": compression,
+        "profile": profile,
         "run": dict(reader.header),
-        "analysis": _analysis(reader, stored, compression),
+        "analysis": _analysis(reader, stored, profile),
         "provenance": {
             "writer": {"name": "actstore", "version": actstore.__version__},
             "created": datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,17 +19,74 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from actstore import codecs, files
+from actstore.errors import ConfigError
 
-__all__ = ["EMPTY", "check_shard", "codec_metadata", "encode_shard", "write_shard"]
+__all__ = [
+    "EMPTY",
+    "PROFILES",
+    "Profile",
+    "check_profile",
+    "check_shard",
+    "codec_metadata",
+    "encode_shard",
+    "room",
+    "write_shard",
+]
+
+Bytes = NDArray[np.uint8]
 
 EMPTY: Final = (1 << 64) - 1
+_INDEX_BYTES: Final = 16  # of a chunk: its place and its length
 _CRC: Final = struct.Struct("<I")
-_SHUFFLES: Final = {"zstd": "shuffle", "lz4": "bitshuffle"}
-_LEVELS: Final = {"zstd": 1, "lz4": 5}
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """How chunks are encoded.
+
+    Attributes
+    ----------
+    cname : {"", "lz4", "zstd"}
+        The compressor in their Blosc frames; none: they are raw.
+    clevel : int
+        What its level is said to be.
+    shuffle : str
+        What is done to the bytes before, as the codec ``blosc`` calls it.
+    repeats : bool
+        Whether repeats are looked for.
+    """
+
+    cname: str = ""
+    clevel: int = 0
+    shuffle: str = "noshuffle"
+    repeats: bool = False
+
+
+#: Name in the API and in an archive -> how chunks are encoded; all are lossless.
+PROFILES: Final[dict[str, Profile]] = {
+    "fast": Profile("lz4", 5, "bitshuffle"),
+    "balanced": Profile("zstd", 1, "shuffle"),
+    "dense": Profile("zstd", 1, "shuffle", repeats=True),
+    "none": Profile(),
+}
+
+
+def check_profile(name: object) -> str:
+    """Give a profile's name back if it is one.
+
+    Raises
+    ------
+    ConfigError
+        It isn't.
+    """
+    if not isinstance(name, str) or name not in PROFILES:
+        msg = f"profile must be one of {', '.join(map(repr, PROFILES))}; got {name!r}"
+        raise ConfigError(msg)
+    return name
 
 
 def codec_metadata(
-    chunks: tuple[int, ...], dtype: np.dtype, compression: str
+    chunks: tuple[int, ...], dtype: np.dtype, profile: str
 ) -> list[dict[str, Any]]:
     """Give the ``codecs`` of an array whose shards `encode_shard` makes.
 
@@ -38,19 +96,19 @@ def codec_metadata(
         The shape of an inner chunk.
     dtype : numpy.dtype
         Of the array.
-    compression : {"zstd", "lz4", "none"}
-        Of its chunks.
+    profile : str
+        Of its chunks: one of `PROFILES`.
     """
-    nbytes = int(np.prod(chunks)) * dtype.itemsize
+    nbytes, mine = int(np.prod(chunks)) * dtype.itemsize, PROFILES[profile]
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     inner: list[dict[str, Any]] = [little if dtype.itemsize > 1 else {"name": "bytes"}]
-    if compression != "none":
+    if mine.cname:
         configuration = {
-            "cname": compression,
-            "clevel": _LEVELS[compression],
-            "shuffle": _SHUFFLES[compression],
+            "cname": mine.cname,
+            "clevel": mine.clevel,
+            "shuffle": mine.shuffle,
             "typesize": dtype.itemsize,
-            "blocksize": nbytes if compression == "zstd" else 0,
+            "blocksize": nbytes if mine.cname == "zstd" else 0,
         }
         inner.append({"name": "blosc", "configuration": configuration})
     inner.append({"name": "crc32c"})
@@ -67,9 +125,21 @@ def codec_metadata(
     ]
 
 
+def room(rows: NDArray[Any], chunk_rows: int, present: NDArray[np.bool_]) -> int:
+    """Give how much memory `encode_shard` needs."""
+    row_bytes = int(np.prod(rows.shape[1:], dtype=np.int64)) * rows.dtype.itemsize
+    chunk = chunk_rows * row_bytes + codecs.FRAME_BYTES + _CRC.size
+    return chunk * int(present.sum()) + _INDEX_BYTES * present.size + _CRC.size
+
+
 def encode_shard(
-    rows: NDArray[Any], chunk_rows: int, present: NDArray[np.bool_], fill: Any, compression: str
-) -> list[Any]:
+    rows: NDArray[Any],
+    chunk_rows: int,
+    present: NDArray[np.bool_],
+    fill: Any,
+    profile: str,
+    out: Bytes | None = None,
+) -> Bytes:
     """Encode the rows of one layer as a shard.
 
     Parameters
@@ -82,47 +152,60 @@ def encode_shard(
         bool: for each inner chunk of the shard whether it is written; the others are empty.
     fill : scalar
         The fill value, for the rows behind the last.
-    compression : {"zstd", "lz4", "none"}
-        Of the chunks.
+    profile : str
+        Of the chunks: one of `PROFILES`.
+    out : numpy.ndarray, optional
+        uint8 [`room` or more]: memory for the shard, instead of fresh memory.
 
     Returns
     -------
-    list of bytes-like
-        The chunks and the index.
+    numpy.ndarray
+        uint8: the chunks and the index, a part of ``out``.
     """
-    buffers: list[Any] = []
+    if out is None:
+        out = np.empty(room(rows, chunk_rows, present), np.uint8)
     index = np.full((present.size, 2), EMPTY, "<u8")
-    offset = 0
+    end = 0
     for number in np.flatnonzero(present).tolist():
         chunk = rows[number * chunk_rows : (number + 1) * chunk_rows]
         if len(chunk) < chunk_rows:
             padded = np.full((chunk_rows, *rows.shape[1:]), fill, rows.dtype)
             padded[: len(chunk)] = chunk
             chunk = padded
-        encoded = _encode_chunk(np.ascontiguousarray(chunk), compression)
-        crc = _CRC.pack(castagnoli.crc32c(encoded))
-        index[number] = offset, len(encoded) + len(crc)
-        offset += len(encoded) + len(crc)
-        buffers += [encoded, crc]
-    table = index.tobytes()
-    return [*buffers, table, _CRC.pack(castagnoli.crc32c(table))]
+        start, end = end, end + _encode_chunk(out[end:], np.ascontiguousarray(chunk), profile)
+        end = _seal(out, start, end)
+        index[number] = start, end - start
+    table = index.reshape(-1).view(np.uint8)
+    start, end = end, end + table.nbytes
+    out[start:end] = table
+    return out[: _seal(out, start, end)]
 
 
-def _encode_chunk(chunk: NDArray[Any], compression: str) -> Any:
-    data = chunk.reshape(-1).view(np.uint8)
-    if compression == "none":
-        return memoryview(data)
-    if compression == "lz4":
-        level = _LEVELS["lz4"]
-        return blosc.compress(data, b"lz4", level, blosc.BITSHUFFLE, 0, chunk.dtype.itemsize)
-    return codecs.plane_split(data, chunk.dtype.itemsize)
+def _encode_chunk(out: Bytes, chunk: NDArray[Any], profile: str) -> int:
+    """Encode a chunk into memory; give its length."""
+    data, itemsize, mine = chunk.reshape(-1).view(np.uint8), chunk.dtype.itemsize, PROFILES[profile]
+    if mine.cname == "zstd":
+        return codecs.plane_split_into(out, data, itemsize, repeats=mine.repeats)
+    encoded: Any = data
+    if mine.cname == "lz4":
+        encoded = np.frombuffer(
+            blosc.compress(data, b"lz4", mine.clevel, blosc.BITSHUFFLE, 0, itemsize), np.uint8
+        )
+    out[: len(encoded)] = encoded
+    return len(encoded)
 
 
-def write_shard(path: Path, buffers: list[Any]) -> int:
+def _seal(out: Bytes, start: int, end: int) -> int:
+    """Put a checksum behind what stands there; give where it ends."""
+    _CRC.pack_into(out, end, castagnoli.crc32c(out[start:end]))
+    return end + _CRC.size
+
+
+def write_shard(path: Path, shard: Bytes) -> int:
     """Write a shard's file, durably, in a folder that no one reads yet; give its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_new(path, buffers)
-    return sum(map(len, buffers))
+    files.write_new(path, [shard])
+    return shard.nbytes
 
 
 def check_shard(path: Path, present: NDArray[np.bool_]) -> Iterator[tuple[int, str]]:
@@ -145,7 +228,7 @@ def check_shard(path: Path, present: NDArray[np.bool_]) -> Iterator[tuple[int, s
     FileNotFoundError
         The file is gone.
     """
-    size = 16 * present.size + _CRC.size
+    size = _INDEX_BYTES * present.size + _CRC.size
     with path.open("rb") as file:
         end = path.stat().st_size - size
         if end < 0:
