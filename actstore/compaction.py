@@ -142,7 +142,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     streams: Pathlike | Sequence[Pathlike],
     out: Pathlike,
     *,
-    compression: str = "zstd",
+    profile: str = "balanced",
     tokenizer: Any = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
@@ -164,8 +164,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         several, the coordinate ``run`` has the number of the log.
     out : path
         The archive, a folder that must not exist; by custom ``name.zarr``.
-    compression : {"zstd", "lz4", "none"}
-        Of the archive's chunks; always lossless.
+    profile : {"balanced", "fast", "dense", "none"}
+        Of the archive's chunks, always lossless: small at little cost; LZ4; the smallest, which
+        takes about three times as long to encode, and no longer to read; raw.
     tokenizer : object, optional
         With ``decode([id])``: gives the rows' ``token_text``.
     shapes, dtypes : mapping, optional
@@ -197,7 +198,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     """
     began = time.monotonic()
     paths, target = _paths(streams), _path(out)
-    codecs.check_name(compression)
+    shards.check_profile(profile)
     _check_workers(workers)
     _check_target(target)
     with ExitStack() as stack:
@@ -209,10 +210,10 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         plan = plan_log(reader, tokenizer)
         jobs = list(_jobs(reader, plan))
         threads = _fitting(jobs, workers, int(max_memory_gb * 1e9))
-        making = Journal(target, _making(opened, jobs, plan, compression), _now())
+        making = Journal(target, _making(opened, jobs, plan, profile), _now())
         try:
             with making as journal:
-                made = _write(reader, plan, jobs, journal, compression, threads, progress)
+                made = _write(reader, plan, jobs, journal, profile, threads, progress)
                 journal.finish()
         except OSError as error:
             if isinstance(error, ActstoreError):
@@ -251,13 +252,13 @@ def _fitting(jobs: Sequence[_Job], workers: int, memory: int) -> int:
 
 
 def _making(
-    logs: Sequence[StreamReader], jobs: Sequence[_Job], plan: layout.Plan, compression: str
+    logs: Sequence[StreamReader], jobs: Sequence[_Job], plan: layout.Plan, profile: str
 ) -> str:
     """Give what tells one making of an archive from another: the logs, the plan, the settings."""
     said = {
         "writer": actstore.__version__,
         "format": store.VERSION,
-        "compression": compression,
+        "profile": profile,
         "logs": [(one.header.get("run_id"), one.file_bytes, len(one.table)) for one in logs],
         "shards": [(job.file, job.shard.first, job.shard.last, job.raw_bytes) for job in jobs],
         "arrays": [(one.name, one.dims, one.shape, one.source.name) for one in plan.variables],
@@ -363,7 +364,7 @@ def _write(
     plan: layout.Plan,
     jobs: Sequence[_Job],
     journal: Journal,
-    compression: str,
+    profile: str,
     threads: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
@@ -374,7 +375,7 @@ def _write(
         progress(done, total)
     missing = [job for job in jobs if job.file not in journal.done]
     with _threads(threads) as pool:
-        running = {pool.submit(_write_shard, journal, job, compression): job for job in missing}
+        running = {pool.submit(_write_shard, journal, job, profile): job for job in missing}
         for future in _as_done(running):
             future.result()
             done += running[future].raw_bytes
@@ -384,10 +385,10 @@ def _write(
     for job in jobs:
         stored.update(_shares(job.owners, journal.done[job.file]))
     writer = store.ArchiveWriter(journal.folder)
-    _describe_arrays(writer, plan, compression)
+    _describe_arrays(writer, plan, profile)
     _check_arrays(journal.folder, jobs)
     _add_labels(writer, plan, reader)
-    writer.finish(_attributes(reader, plan, stored, compression, journal.created))
+    writer.finish(_attributes(reader, plan, stored, profile, journal.created))
     return {
         "rows": plan.rows,
         "variables": (
@@ -477,13 +478,21 @@ def _shares(owners: Mapping[str, int], nbytes: int) -> dict[str, int]:
     return result
 
 
-def _write_shard(journal: Journal, job: _Job, compression: str) -> None:
+def _write_shard(journal: Journal, job: _Job, profile: str) -> None:
     """Write a shard, compare what it decodes to with the log, and its file with what it is."""
     try:
-        buffers = shards.encode_shard(
-            job.chunks(), job.shard.chunk_rows, job.shard.present.size, job.fill, compression
+        shard = job.shard
+        count = shard.present.size
+        room = shards.room(job.chunk_bytes, int(shard.present.sum()), count)
+        encoded = shards.encode_shard(
+            job.chunks(),
+            shard.chunk_rows,
+            count,
+            job.fill,
+            profile,
+            codecs.scratch("shard", room),
         )
-        nbytes = shards.write_shard(journal.folder / job.file, buffers)
+        nbytes = shards.write_shard(journal.folder / job.file, encoded)
     except shards.MismatchError as error:
         raise _unverified(job) from error
     journal.add(job.file, nbytes)
@@ -511,7 +520,7 @@ def _unverified(job: _Job) -> ArchiveError:
     return ArchiveError(msg)
 
 
-def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, compression: str) -> None:
+def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, profile: str) -> None:
     for one in plan.variables:
         writer.add_array(
             one.name,
@@ -520,7 +529,7 @@ def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, compression
             one.dtype,
             chunks=one.chunks,
             shards=one.shards,
-            compression=compression,
+            profile=profile,
             attributes=one.attributes,
         )
     for ragged in plan.ragged:
@@ -531,7 +540,7 @@ def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, compression
             ragged.source.array,
             chunks=ragged.chunks,
             shards=ragged.shards,
-            compression=compression,
+            profile=profile,
             attributes=ragged.attributes,
         )
 
@@ -553,7 +562,7 @@ def _add_labels(writer: store.ArchiveWriter, plan: layout.Plan, reader: Reader) 
             writer.add_small(Coordinate(name, (dim,), values), group=group)
 
 
-def _analysis(reader: Reader, stored: Mapping[str, int], compression: str) -> dict[str, Any]:
+def _analysis(reader: Reader, stored: Mapping[str, int], profile: str) -> dict[str, Any]:
     """Give what ``analyze_activations`` says of the archive: the logs' counts, its own bytes."""
     found = summary.summarise_all(_logs(reader))
     del found["stream_path"]
@@ -561,7 +570,7 @@ def _analysis(reader: Reader, stored: Mapping[str, int], compression: str) -> di
         layer["bytes"] = stored.get(name, 0)
     total, raw = sum(stored.values()), found["total_raw_bytes"]
     return found | {
-        "compression": compression,
+        "compression": profile,
         "total_compressed_bytes": total,
         "compression_ratio": raw / total if total else 1.0,
     }
@@ -571,7 +580,7 @@ def _attributes(
     reader: Reader,
     plan: layout.Plan,
     stored: Mapping[str, int],
-    compression: str,
+    profile: str,
     created: str,
 ) -> dict[str, Any]:
     labels = [one.name for one in plan.coordinates if one.dims != (one.name,)]
@@ -581,9 +590,9 @@ def _attributes(
         "coordinates": " ".join(labels),
         "rows": dict(plan.rows),
         "aliases": dict(plan.aliases),
-        "compression": compression,
+        "profile": profile,
         "runs": [dict(one.header) for one in _logs(reader)],
-        "analysis": _analysis(reader, stored, compression),
+        "analysis": _analysis(reader, stored, profile),
         "provenance": {
             "writer": {"name": "actstore", "version": actstore.__version__},
             "created": created,

@@ -167,6 +167,42 @@ def test_what_does_not_shrink_is_copied_behind_the_header(itemsize: int) -> None
     assert numcodecs.blosc.decompress(frame) == data.tobytes()
 
 
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("constant", [0, 0x7F])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_plane_of_one_value_costs_a_few_bytes_and_one_that_differs_at_the_end_is_none(
+    itemsize: int, constant: int, last: bool
+) -> None:
+    data = noise(5000 * itemsize).reshape(-1, itemsize)
+    data[:, 0] = constant
+    if last:
+        data[-1, 0] ^= 0x80
+    frame = codecs.plane_split(data.reshape(-1), itemsize)
+    assert from_planes(frame) == numcodecs.blosc.decompress(frame) == data.tobytes()
+    assert len(frame) < 5000 * (itemsize - 1) + 100
+
+
+def test_bfloat16_in_float32_takes_no_more_than_bfloat16() -> None:
+    narrow = values(1 << 20).reshape(-1, 4)[:, 2:].copy()
+    wide = np.zeros((len(narrow), 4), np.uint8)
+    wide[:, 2:] = narrow
+    as_two, as_four = (codecs.plane_split(one.reshape(-1), one.shape[1]) for one in (narrow, wide))
+    assert len(as_four) < len(as_two) + 100
+    assert numcodecs.blosc.decompress(as_four) == wide.tobytes()
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_rows_that_repeat_are_found_where_they_are_looked_for(itemsize: int) -> None:
+    """As those of an embedding do; only a search sees it, for their bytes are noise."""
+    rows = noise(64 * 1024).reshape(64, 1024)
+    data = rows[np.random.default_rng(0).integers(0, 64, 512)].reshape(-1)
+    out = np.empty(data.nbytes + codecs.FRAME_BYTES, np.uint8)
+    found = out[: codecs.plane_split_into(out, data, itemsize, repeats=True)].tobytes()
+    assert from_planes(found) == numcodecs.blosc.decompress(found) == data.tobytes()
+    assert len(found) < data.nbytes / 2
+    assert len(found) < len(codecs.plane_split(data, itemsize)) / 1.5
+
+
 def test_planes_of_activations_are_denser_than_any_stock_setting_of_zstd() -> None:
     normal = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)
     data = (normal.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)  # bfloat16

@@ -15,6 +15,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 from actstore import dtypes
+from actstore.archive import shards
 from actstore.compaction import compact
 from actstore.config import HookConfig, HookGranularity
 from actstore.stream.reader import open_stream
@@ -256,13 +257,13 @@ def assert_valid(archive: Path) -> set[str]:
     return kinds
 
 
-@pytest.mark.parametrize("codec", ["zstd", "lz4", "none"])
-def test_an_archive_of_a_captured_log_is_valid(codec: str, log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", shards.PROFILES)
+def test_an_archive_of_a_captured_log_is_valid(profile: str, log: Path, tmp_path: Path) -> None:
     model = build("llama", torch.bfloat16)
-    with capturing(model, log, codec=codec, track_per_token=True) as tracker, torch.no_grad():
+    with capturing(model, log, track_per_token=True) as tracker, torch.no_grad():
         model(token_ids())
         tracker.record_token(3, "\ud83d")
-    compact(log, tmp_path / "run.zarr", compression=codec)
+    compact(log, tmp_path / "run.zarr", profile=profile)
     assert assert_valid(tmp_path / "run.zarr") == {"values", "ragged", ""}
     check("header", attributes(tmp_path / "run.zarr")["runs"][0])
 
@@ -420,7 +421,7 @@ GONE = object()
         broken("archive", "format_version", 1, "const"),
         broken("archive", "coordinates", ["step"], "type"),
         broken("archive", "rows token", -1, "minimum"),
-        broken("archive", "compression", "gzip", "enum"),
+        broken("archive", "profile", "zstd", "enum"),
         broken("archive", "analysis", GONE, "required"),
         broken("archive", "analysis dtypes 0", "float", "enum"),
         broken("archive", "analysis complete", None, "type"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,21 +19,28 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from actstore import codecs, files
+from actstore.errors import ConfigError
 
 __all__ = [
     "EMPTY",
+    "PROFILES",
     "MismatchError",
+    "Profile",
+    "check_profile",
     "check_shard",
     "codec_metadata",
     "encode_shard",
     "memory_of",
+    "room",
     "write_shard",
 ]
 
+Bytes = NDArray[np.uint8]
+
 EMPTY: Final = (1 << 64) - 1
+_INDEX_BYTES: Final = 16  # of a chunk: its place and its length
 _CRC: Final = struct.Struct("<I")
-_SHUFFLES: Final = {"zstd": "shuffle", "lz4": "bitshuffle"}
-_LEVELS: Final = {"zstd": 1, "lz4": 5}
+_PIECE: Final = 1 << 20
 #: Chunks that are in memory besides: read, padded, encoded, decoded, and a block of the log.
 _BESIDE: Final = 8
 
@@ -41,14 +49,52 @@ class MismatchError(Exception):
     """What was encoded or written is not what it was made of."""
 
 
-def memory_of(chunks: int, chunk_bytes: int) -> int:
-    """Give the bytes that making a shard takes, at most."""
-    return (chunks + _BESIDE) * chunk_bytes
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """How chunks are encoded.
+
+    Attributes
+    ----------
+    cname : {"", "lz4", "zstd"}
+        The compressor in their Blosc frames; none: they are raw.
+    clevel : int
+        What its level is said to be.
+    shuffle : str
+        What is done to the bytes before, as the codec ``blosc`` calls it.
+    repeats : bool
+        Whether repeats are looked for.
+    """
+
+    cname: str = ""
+    clevel: int = 0
+    shuffle: str = "noshuffle"
+    repeats: bool = False
 
 
-def codec_metadata(
-    chunks: tuple[int, ...], dtype: np.dtype, compression: str
-) -> list[dict[str, Any]]:
+#: Name in the API and in an archive -> how chunks are encoded; all are lossless.
+PROFILES: Final[dict[str, Profile]] = {
+    "fast": Profile("lz4", 5, "bitshuffle"),
+    "balanced": Profile("zstd", 1, "shuffle"),
+    "dense": Profile("zstd", 1, "shuffle", repeats=True),
+    "none": Profile(),
+}
+
+
+def check_profile(name: object) -> str:
+    """Give a profile's name back if it is one.
+
+    Raises
+    ------
+    ConfigError
+        It isn't.
+    """
+    if not isinstance(name, str) or name not in PROFILES:
+        msg = f"profile must be one of {', '.join(map(repr, PROFILES))}; got {name!r}"
+        raise ConfigError(msg)
+    return name
+
+
+def codec_metadata(chunks: tuple[int, ...], dtype: np.dtype, profile: str) -> list[dict[str, Any]]:
     """Give the ``codecs`` of an array whose shards `encode_shard` makes.
 
     Parameters
@@ -57,19 +103,19 @@ def codec_metadata(
         The shape of an inner chunk.
     dtype : numpy.dtype
         Of the array.
-    compression : {"zstd", "lz4", "none"}
-        Of its chunks.
+    profile : str
+        Of its chunks: one of `PROFILES`.
     """
-    nbytes = int(np.prod(chunks)) * dtype.itemsize
+    nbytes, mine = int(np.prod(chunks)) * dtype.itemsize, PROFILES[profile]
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     inner: list[dict[str, Any]] = [little if dtype.itemsize > 1 else {"name": "bytes"}]
-    if compression != "none":
+    if mine.cname:
         configuration = {
-            "cname": compression,
-            "clevel": _LEVELS[compression],
-            "shuffle": _SHUFFLES[compression],
+            "cname": mine.cname,
+            "clevel": mine.clevel,
+            "shuffle": mine.shuffle,
             "typesize": dtype.itemsize,
-            "blocksize": nbytes if compression == "zstd" else 0,
+            "blocksize": nbytes if mine.cname == "zstd" else 0,
         }
         inner.append({"name": "blosc", "configuration": configuration})
     inner.append({"name": "crc32c"})
@@ -86,13 +132,33 @@ def codec_metadata(
     ]
 
 
+def memory_of(chunks: int, chunk_bytes: int) -> int:
+    """Give the bytes that making a shard takes, at most."""
+    return (chunks + _BESIDE) * chunk_bytes
+
+
+def room(chunk_bytes: int, written: int, count: int) -> int:
+    """Give how much memory `encode_shard` needs.
+
+    Parameters
+    ----------
+    chunk_bytes : int
+        Of an inner chunk.
+    written, count : int
+        How many of them are written, and how many there are.
+    """
+    chunk = chunk_bytes + codecs.FRAME_BYTES + _CRC.size
+    return chunk * written + _INDEX_BYTES * count + _CRC.size
+
+
 def encode_shard(
     chunks: Iterable[tuple[int, NDArray[Any]]],
     chunk_rows: int,
     count: int,
     fill: Any,
-    compression: str,
-) -> list[Any]:
+    profile: str,
+    out: Bytes,
+) -> Bytes:
     """Encode the rows of one layer as a shard; decode and compare each chunk.
 
     Parameters
@@ -106,52 +172,57 @@ def encode_shard(
         The number of inner chunks of the shard.
     fill : scalar
         The fill value, for the rows behind the last.
-    compression : {"zstd", "lz4", "none"}
-        Of the chunks.
+    profile : str
+        Of the chunks: one of `PROFILES`.
+    out : numpy.ndarray
+        uint8 [`room` or more]: memory for the shard.
 
     Returns
     -------
-    list of bytes-like
-        The chunks and the index.
+    numpy.ndarray
+        uint8: the chunks and the index, a part of ``out``.
 
     Raises
     ------
     MismatchError
         Stock Blosc decodes a chunk to something else.
     """
-    buffers: list[Any] = []
     index = np.full((count, 2), EMPTY, "<u8")
-    offset = 0
+    end = 0
     for number, rows in chunks:
         chunk = rows
         if len(chunk) < chunk_rows:
             chunk = np.full((chunk_rows, *rows.shape[1:]), fill, rows.dtype)
             chunk[: len(rows)] = rows
         data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-        encoded = _encode_chunk(data, chunk.dtype.itemsize, compression)
-        _compare(encoded, data, compression)
-        crc = _CRC.pack(castagnoli.crc32c(encoded))
-        index[number] = offset, len(encoded) + len(crc)
-        offset += len(encoded) + len(crc)
-        buffers += [encoded, crc]
-    table = index.tobytes()
-    return [*buffers, table, _CRC.pack(castagnoli.crc32c(table))]
+        start, end = end, end + _encode_chunk(out[end:], data, chunk.dtype.itemsize, profile)
+        _compare(out[start:end], data, profile)
+        end = _seal(out, start, end)
+        index[number] = start, end - start
+    table = index.reshape(-1).view(np.uint8)
+    start, end = end, end + table.nbytes
+    out[start:end] = table
+    return out[: _seal(out, start, end)]
 
 
-def _encode_chunk(data: NDArray[np.uint8], itemsize: int, compression: str) -> Any:
-    if compression == "none":
-        return data.tobytes()
-    if compression == "lz4":
-        level = _LEVELS["lz4"]
-        return blosc.compress(data, b"lz4", level, blosc.BITSHUFFLE, 0, itemsize)
-    return codecs.plane_split(data, itemsize)
+def _encode_chunk(out: Bytes, data: Bytes, itemsize: int, profile: str) -> int:
+    """Encode a chunk into memory; give its length."""
+    mine = PROFILES[profile]
+    if mine.cname == "zstd":
+        return codecs.plane_split_into(out, data, itemsize, repeats=mine.repeats)
+    encoded = data
+    if mine.cname == "lz4":
+        frame = blosc.compress(data, b"lz4", mine.clevel, blosc.BITSHUFFLE, 0, itemsize)
+        encoded = np.frombuffer(frame, np.uint8)
+    out[: len(encoded)] = encoded
+    return len(encoded)
 
 
-def _compare(encoded: Any, data: NDArray[np.uint8], compression: str) -> None:
+def _compare(encoded: Bytes, data: Bytes, profile: str) -> None:
     """Decode a chunk by a decoder that is not ours."""
-    if compression == "none":
+    if not PROFILES[profile].cname:
         return
-    found = np.empty_like(data)
+    found = codecs.scratch("decoded", data.nbytes)
     try:
         blosc.decompress(encoded, found)
     except RuntimeError as error:
@@ -161,7 +232,13 @@ def _compare(encoded: Any, data: NDArray[np.uint8], compression: str) -> None:
         raise MismatchError(msg)
 
 
-def write_shard(path: Path, buffers: list[Any]) -> int:
+def _seal(out: Bytes, start: int, end: int) -> int:
+    """Put a checksum behind what stands there; give where it ends."""
+    _CRC.pack_into(out, end, castagnoli.crc32c(out[start:end]))
+    return end + _CRC.size
+
+
+def write_shard(path: Path, shard: Bytes) -> int:
     """Write a shard's file, durably, in a folder that no one reads yet; give its bytes.
 
     Raises
@@ -170,13 +247,18 @@ def write_shard(path: Path, buffers: list[Any]) -> int:
         Other bytes are read back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_new(path, buffers)
-    with path.open("rb") as file:
-        same = all(file.read(len(part)) == part for part in buffers) and not file.read(1)
-    if not same:
-        msg = f"{path} reads back other bytes than were written"
-        raise MismatchError(msg)
-    return sum(map(len, buffers))
+    files.write_new(path, [shard])
+    at = 0
+    with path.open("rb", buffering=0) as file:
+        piece = codecs.scratch("decoded", _PIECE)
+        while length := file.readinto(piece):
+            if not np.array_equal(piece[:length], shard[at : at + length]):
+                break
+            at += length
+        if at != shard.nbytes or file.read(1):
+            msg = f"{path} reads back other bytes than were written"
+            raise MismatchError(msg)
+    return shard.nbytes
 
 
 def check_shard(path: Path, present: NDArray[np.bool_]) -> Iterator[tuple[int, str]]:
@@ -199,7 +281,7 @@ def check_shard(path: Path, present: NDArray[np.bool_]) -> Iterator[tuple[int, s
     FileNotFoundError
         The file is gone.
     """
-    size = 16 * present.size + _CRC.size
+    size = _INDEX_BYTES * present.size + _CRC.size
     with path.open("rb") as file:
         end = path.stat().st_size - size
         if end < 0:

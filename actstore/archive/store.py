@@ -69,7 +69,7 @@ class ArchiveWriter:
         *,
         chunks: tuple[int, ...],
         shards: tuple[int, ...],
-        compression: str,
+        profile: str,
         attributes: Mapping[str, Any],
     ) -> None:
         """Describe an array whose shards are written by themselves (see ``shards.py``)."""
@@ -81,7 +81,7 @@ class ArchiveWriter:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shards)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": _fill(dtype),
-            "codecs": codec_metadata(chunks, dtype, compression),
+            "codecs": codec_metadata(chunks, dtype, profile),
             "attributes": dict(attributes),
             "dimension_names": list(dims),
             "storage_transformers": [],

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import codecs, dtypes
+from actstore.archive import shards
 from actstore.packet import Axis, LayerInfo, PassInfo, TokenRecord
 from actstore.stream.records import Block, Features, Layer, Opcode, Pass, Record, Run, Text, Token
 from actstore.stream.writer import CommitPoint, StreamWriter
@@ -190,6 +191,19 @@ class LogBuilder:
             self._layers[layer].id, codec, kind.code, width, raw.nbytes, (values.shape,), (run,)
         )
         self._group.append(Record.of(Opcode.BLOCK, block.encode(), payload))
+
+
+def encode_rows(
+    rows: NDArray[Any], chunk_rows: int, present: NDArray[np.bool_], fill: Any, profile: str
+) -> NDArray[np.uint8]:
+    """Encode rows as a shard, of the chunks that are present."""
+    chunks = (
+        (one, rows[one * chunk_rows : (one + 1) * chunk_rows])
+        for one in np.flatnonzero(present).tolist()
+    )
+    count = present.size
+    out = np.empty(shards.room(chunk_rows * rows[:1].nbytes, count, count), np.uint8)
+    return shards.encode_shard(chunks, chunk_rows, count, fill, profile, out)
 
 
 def random_values(shape: Sequence[int], dtype: str = "float32", *, seed: int = 0) -> NDArray[Any]:

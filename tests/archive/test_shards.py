@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from logs import random_values
+from logs import encode_rows, random_values
 from numpy.typing import NDArray
 
 from actstore.archive import shards
@@ -32,7 +32,7 @@ def write(
     rows: NDArray[Any],
     chunk_rows: int,
     shard_rows: int,
-    compression: str,
+    profile: str,
     present: NDArray[np.bool_] | None = None,
 ) -> list[Path]:
     """Write an array of one layer in shards, as compaction does; give their files."""
@@ -46,7 +46,7 @@ def write(
         rows.dtype,
         chunks=inner,
         shards=(shard_rows, *rows.shape[1:]),
-        compression=compression,
+        profile=profile,
         attributes={},
     )
     paths = []
@@ -56,14 +56,9 @@ def write(
         there = np.arange(count) * chunk_rows < len(mine)
         if present is not None:
             there &= present[number * count : (number + 1) * count]
-        chunks = (
-            (one, mine[one * chunk_rows : (one + 1) * chunk_rows])
-            for one in np.flatnonzero(there).tolist()
-        )
-        fill = fill_of(rows.dtype)
-        buffers = shards.encode_shard(chunks, chunk_rows, count, fill, compression)
+        shard = encode_rows(mine, chunk_rows, there, fill_of(rows.dtype), profile)
         path = shard_path(folder, "a", (number, *(0,) * (rows.ndim - 1)))
-        assert shards.write_shard(path, buffers) == path.stat().st_size
+        assert shards.write_shard(path, shard) == path.stat().st_size
         paths.append(path)
     return paths
 
@@ -83,18 +78,18 @@ def same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("compression", ["zstd", "lz4", "none"])
+@pytest.mark.parametrize("profile", shards.PROFILES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zarr_python_and_tensorstore_read_every_dtype_bit_for_bit(
-    tmp_path: Path, dtype: str, compression: str
+    tmp_path: Path, dtype: str, profile: str
 ) -> None:
     rows = random_values((150, 5), dtype)
-    write(tmp_path / "z", rows, 32, 64, compression)
+    write(tmp_path / "z", rows, 32, 64, profile)
     assert same_bits(by_zarr(tmp_path / "z"), rows)
     assert same_bits(by_tensorstore(tmp_path / "z"), rows)
 
 
-@pytest.mark.parametrize("compression", ["zstd", "lz4", "none"])
+@pytest.mark.parametrize("profile", shards.PROFILES)
 @pytest.mark.parametrize(
     ("shape", "chunk", "shard"),
     [
@@ -106,21 +101,21 @@ def test_zarr_python_and_tensorstore_read_every_dtype_bit_for_bit(
     ],
 )
 def test_both_read_every_shape(
-    tmp_path: Path, shape: tuple[int, ...], chunk: int, shard: int, compression: str
+    tmp_path: Path, shape: tuple[int, ...], chunk: int, shard: int, profile: str
 ) -> None:
     rows = random_values(shape)
-    write(tmp_path / "z", rows, chunk, shard, compression)
+    write(tmp_path / "z", rows, chunk, shard, profile)
     assert same_bits(by_zarr(tmp_path / "z"), rows)
     assert same_bits(by_tensorstore(tmp_path / "z"), rows)
 
 
-@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+@pytest.mark.parametrize("profile", ["fast", "balanced", "dense"])
 def test_activations_as_bfloat16_holds_them_shrink_in_chunks_of_1_mib(
-    tmp_path: Path, compression: str
+    tmp_path: Path, profile: str
 ) -> None:
     normal = np.random.default_rng(0).normal(size=(512, 512)).astype(ml_dtypes.bfloat16)
     rows = normal.astype(np.float32)
-    (path,) = write(tmp_path / "z", rows, 512, 512, compression)
+    (path,) = write(tmp_path / "z", rows, 512, 512, profile)
     assert path.stat().st_size < rows.nbytes / 2
     assert same_bits(by_zarr(tmp_path / "z"), rows)
     assert same_bits(by_tensorstore(tmp_path / "z"), rows)
@@ -138,7 +133,7 @@ def test_chunks_without_a_row_are_not_written_and_read_as_the_fill(tmp_path: Pat
 
 
 def test_the_metadata_declares_core_codecs_only(tmp_path: Path) -> None:
-    write(tmp_path / "z", random_values((4, 4)), 2, 4, "zstd")
+    write(tmp_path / "z", random_values((4, 4)), 2, 4, "balanced")
     said = json.loads((tmp_path / "z" / "a" / "zarr.json").read_bytes())
     (sharding,) = said["codecs"]
     inner = [codec["name"] for codec in sharding["configuration"]["codecs"]]
