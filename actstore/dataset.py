@@ -22,6 +22,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from actstore import files
+from actstore.accessor import remember_lazy
 from actstore.archive import layout, store
 from actstore.archive.reading import ShardedRows
 from actstore.compaction import element_reader, plan_log, row_reader
@@ -73,6 +74,7 @@ def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Da
         return dataset
     try:
         chunked = _by_shards(dataset) if chunks == "auto" else dataset.chunk(chunks)
+        remember_lazy(chunked, dataset)
     except BaseException:
         dataset.close()
         raise
@@ -120,13 +122,13 @@ def _check_archive(folder: Path) -> None:
 
 def _by_shards(dataset: xr.Dataset) -> xr.Dataset:
     """Chunk each variable by its own shards."""
-    chunked = dataset.copy()
-    for name, variable in dataset.variables.items():
+    chunked = {}
+    for name in dataset.data_vars:
+        variable = dataset.variables[name]
         shape = variable.encoding.get("shards") or variable.encoding.get("chunks")
-        if name in dataset.data_vars and shape and variable.size:
-            sizes = dict(zip(variable.dims, shape, strict=True))
-            chunked[name] = variable.chunk(sizes)
-    return chunked
+        if shape and variable.size:
+            chunked[name] = variable.chunk(dict(zip(variable.dims, shape, strict=True)))
+    return dataset.assign(chunked)  # at once: each assignment goes through all variables
 
 
 def _over_archive(folder: Path) -> xr.Dataset:
