@@ -122,24 +122,34 @@ class ActstoreAccessor:
         )
         return axis.take(table.drop_duplicates(keep="last").index.to_numpy())
 
-    def sequence(self, pass_index: int, item: int = 0, *, dim: str | None = None) -> xr.Dataset:
+    def sequence(
+        self, pass_index: int, item: int = 0, *, run: int | None = None, dim: str | None = None
+    ) -> xr.Dataset:
         """Choose the rows of one batch item of one pass, padding included.
 
         Parameters
         ----------
         pass_index, item : int
             The pass, and the batch item, both from 0.
+        run : int, optional
+            Of an archive of several logs: which; each counts its passes from 0.
         dim : str, optional
             The token axis.
 
         Raises
         ------
         ConfigError
-            There are no such rows.
+            There are no such rows, or ``run`` is left out and several logs have them.
         """
         axis = self._axis(dim)
         passes, items = axis.label("pass_index"), axis.label("batch_item")
-        rows = np.flatnonzero((passes == pass_index) & (items == item))
+        found_rows = (passes == pass_index) & (items == item)
+        if run is not None:
+            found_rows &= axis.label("run") == run if "run" in axis else run == 0
+        elif "run" in axis and axis.label("run")[found_rows].nunique() > 1:
+            msg = f"several logs have a pass {pass_index!r}; say of which with run"
+            raise ConfigError(msg)
+        rows = np.flatnonzero(found_rows)
         if not rows.size:
             found = f"passes {passes.min()} to {passes.max()}" if axis.rows else "no rows at all"
             msg = (

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import actstore
 from actstore.archive import grid
+from actstore.archive.reading import ShardedRows
 from actstore.errors import ConfigError
 from actstore.stream.reader import StreamReader
 
@@ -537,7 +538,7 @@ def test_every_layer_of_a_model_is_what_it_returned(tmp_path: Path, name: str) -
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Give what is read of a store's files: the file, and which bytes of it."""
+    """Give what is read of values and labels: the file, and which bytes or chunk of it."""
     seen: list[tuple[str, Any]] = []
     honest = zarr.storage.LocalStore.get
 
@@ -545,7 +546,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         seen.append((key, byte_range))
         return await honest(self, key, prototype, byte_range)
 
+    encoded = ShardedRows._encoded
+
+    def by_us(self: ShardedRows, layer: int, chunk: int) -> Any:
+        seen.append((f"{self.folder.name}/c/{layer}/", range(chunk, chunk + 1)))
+        return encoded(self, layer, chunk)
+
     monkeypatch.setattr(zarr.storage.LocalStore, "get", get)
+    monkeypatch.setattr(ShardedRows, "_encoded", by_us)
     return seen
 
 
@@ -702,3 +710,15 @@ def test_the_accessor_comes_with_what_opens_datasets(places: dict[str, Path], op
         check=False,
     )
     assert done.stdout == "11 False\n", done.stderr
+
+
+def test_a_sequence_of_several_logs_is_of_one_of_them(tmp_path: Path) -> None:
+    logs = [decoder_log(tmp_path / f"{one}.stream", run=str(one)).path for one in range(2)]
+    with actstore.open_dataset(actstore.compact(logs, tmp_path / "all.zarr").path) as found:
+        for run in range(2):
+            chosen = found.actstore.sequence(0, 1, run=run)
+            assert chosen.run.values.tolist() == [run] * 5
+            assert chosen.batch_item.values.tolist() == [1] * 5
+        with pytest.raises(ConfigError, match="several logs"):
+            found.actstore.sequence(0)
+        assert found.actstore.last_positions().sizes["token"] == 2 * 2 * 5
