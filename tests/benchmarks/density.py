@@ -93,7 +93,7 @@ def by_profile(name: str) -> Codec:
         present = np.ones(count, np.bool_)
         shard = shards.encode_shard(layer.rows, layer.chunk_rows, present, 0, name, out)
         index = shard[-4 - 16 * count : -4].view("<u8").reshape(count, 2).tolist()
-        return [shard[at : at + length - 4].copy() for at, length in index]
+        return [shard[at : at + length - 4] for at, length in index]
 
     return Codec(encode, blosc.decompress, stored=True)
 
@@ -263,9 +263,9 @@ def bounds(data: Data) -> dict[str, float]:
     return {name: 8 * data.nbytes / one if one else 0 for name, one in bits.items()}
 
 
-def datasets(tokens: int) -> Iterator[tuple[str, Data]]:
+def datasets(tokens: int, kinds: Sequence[torch.dtype] = DTYPES) -> Iterator[tuple[str, Data]]:
     """Give the columns of the table."""
-    for dtype in DTYPES:
+    for dtype in kinds:
         name = str(dtype)[6:]
         states = trained.hidden_states(dtype, 4 * tokens)
         yield f"MiniLM {name}", Data(name, list(states.values()))
