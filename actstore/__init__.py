@@ -6,6 +6,7 @@ torch nor zarr nor xarray.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -74,3 +75,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "xarray" in sys.modules:  # else what opens datasets brings it
+    import_module("actstore.accessor")

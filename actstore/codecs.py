@@ -31,6 +31,7 @@ __all__ = [
     "check_config",
     "check_name",
     "decode",
+    "decode_into",
     "encode",
     "plane_split",
     "plane_split_into",
@@ -180,15 +181,27 @@ def decode(
             msg = f"a raw block of {raw_length} bytes has {len(encoded)}"
             raise FormatError(msg)
         return np.frombuffer(encoded, np.uint8)
-    check_config(config)
-    _check_frame(encoded, raw_length)
+    _check_frame(encoded, raw_length)  # before memory is taken
     out = np.empty(raw_length, np.uint8)
+    decode_into(config, encoded, out)
+    return out
+
+
+def decode_into(config: Mapping[str, Any] | None, encoded: bytes | memoryview, out: Bytes) -> None:
+    """Decode a block as `decode` does, into memory of just its size."""
+    if config is None:
+        if len(encoded) != out.nbytes:
+            msg = f"a raw block of {out.nbytes} bytes has {len(encoded)}"
+            raise FormatError(msg)
+        out[:] = np.frombuffer(encoded, np.uint8)
+        return
+    check_config(config)
+    _check_frame(encoded, out.nbytes)
     try:
         blosc.decompress(encoded, out)
     except RuntimeError as error:
         msg = f"a Blosc frame of {len(encoded)} bytes does not decode: {error}"
         raise FormatError(msg) from error
-    return out
 
 
 def _check_frame(encoded: bytes | memoryview, raw_length: int) -> None:

@@ -1,45 +1,58 @@
-"""Owns making an archive from a log: a pure plan, shards by threads, verification, the rename.
+"""Owns making an archive from logs: a pure plan, shards by threads, verification, the rename.
 
-What the plan is, is ``archive.layout``'s; reading rows, ``stream.rows``'s.
+What the plan is, is ``archive.layout``'s; reading rows, ``stream.rows``'s; what of an archive is
+finished, ``archive.journal``'s.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import shutil
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import crc32c as castagnoli
 import numpy as np
 from numpy.typing import NDArray
 
 import actstore
-from actstore import codecs, files
+from actstore import codecs
 from actstore.archive import layout, shards, store
-from actstore.archive.coordinates import STRING, Coordinate, pass_columns, token_columns
+from actstore.archive.coordinates import STRING, Coordinate, Runs, pass_columns, token_columns
 from actstore.archive.grid import Shard
+from actstore.archive.journal import Journal
 from actstore.errors import ActstoreError, ArchiveError, ConfigError
 from actstore.stream import summary
+from actstore.stream.joined import JoinedReader
 from actstore.stream.reader import StreamReader, open_stream
 from actstore.stream.rows import ElementReader, RowReader
 
-__all__ = ["CompactionReport", "compact", "element_reader", "plan_log", "row_reader"]
+__all__ = [
+    "CompactionReport",
+    "compact",
+    "differences",
+    "element_reader",
+    "plan_log",
+    "row_reader",
+]
 
 #: Called with the bytes that are done and those that there are.
 Progress = Callable[[int, int], None]
 Pathlike = str | os.PathLike[str]
+Reader = StreamReader | JoinedReader
 
 _WORKERS: Final = 2
+_MEMORY_GB: Final = 1.0
+#: What a compaction holds beside its shards: the logs' tables, and what of them is decoded.
+_BESIDE: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +72,10 @@ class CompactionReport:
     raw_bytes, stored_bytes : int
         Of the values in the model's dtype, aliases not counted, and of the shards' files.
     shards_verified, chunks_verified : int
-        Shards that were read back by zarr-python and compared with the log, and the inner chunks
-        in them.
+        Shards whose chunks were decoded by stock Blosc and compared with the log, and whose files
+        were read back and compared; and the inner chunks in them.
+    shards_resumed : int
+        Of these the shards that an earlier compaction, which was cut short, had finished.
     seconds : float
         What it took.
     """
@@ -73,6 +88,7 @@ class CompactionReport:
     stored_bytes: int
     shards_verified: int
     chunks_verified: int
+    shards_resumed: int
     seconds: float
 
     @property
@@ -93,26 +109,36 @@ class _Job:
     place: tuple[int, ...]
     trailing: int
     shard: Shard
+    row_bytes: int
     fill: Any
     owners: Mapping[str, int]
     read: Callable[[int, int], NDArray[Any]]
 
     @property
-    def path(self) -> tuple[int, ...]:
-        """Its place in the grid of shards."""
-        return (*self.place, self.shard.number, *(0,) * self.trailing)
+    def file(self) -> str:
+        """Its file, within the archive."""
+        place = (*self.place, self.shard.number, *(0,) * self.trailing)
+        return "/".join((self.name, "c", *map(str, place)))
 
     @property
     def raw_bytes(self) -> int:
         """Bytes of its rows that are there, in the model's dtype."""
         return sum(self.owners.values())
 
-    def rows(self) -> NDArray[Any]:
-        """Read its rows from the log."""
-        return self.read(self.shard.first, self.shard.last)
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one of its chunks."""
+        return self.shard.chunk_rows * self.row_bytes
+
+    def chunks(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Read its chunks that hold anything from the log, one after the other."""
+        shard = self.shard
+        for number in np.flatnonzero(shard.present).tolist():
+            first = shard.first + number * shard.chunk_rows
+            yield number, self.read(first, min(first + shard.chunk_rows, shard.last))
 
 
-def compact(
+def compact(  # noqa: PLR0913 - each is its own choice, by name
     streams: Pathlike | Sequence[Pathlike],
     out: Pathlike,
     *,
@@ -121,14 +147,21 @@ def compact(
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
     workers: int = _WORKERS,
+    max_memory_gb: float = _MEMORY_GB,
+    remove_logs: bool = False,
     progress: Progress | None = None,
 ) -> CompactionReport:
-    """Compact a log into a Zarr v3 archive, verified before it appears.
+    """Compact logs into a Zarr v3 archive, verified before it appears.
+
+    What is finished of an archive is kept in a hidden folder beside it until the archive is whole:
+    the same call after a kill, an interrupt or a full disk goes on where that one was.
 
     Parameters
     ----------
-    streams : path or sequence of one path
-        The log. Merging several is not there yet.
+    streams : path or sequence of paths
+        The log, or several of them (the ranks of a run, or different runs of a model). Rows are
+        in the order of the logs as they are given here, then pass, batch item, position; with
+        several, the coordinate ``run`` has the number of the log.
     out : path
         The archive, a folder that must not exist; by custom ``name.zarr``.
     profile : {"balanced", "fast", "dense", "none"}
@@ -139,7 +172,11 @@ def compact(
     shapes, dtypes : mapping, optional
         Of a log of ``llm-instrumentation``, which holds none: as for `open_stream`.
     workers : int
-        Threads; each holds a shard of about 64 MiB.
+        Threads, at most; each holds an encoded shard of about 64 MiB.
+    max_memory_gb : float
+        GB of memory, over what the process had: fewer threads work where it allows no more.
+    remove_logs : bool
+        Remove the logs when the archive is whole, verified and on the disk.
     progress : callable, optional
         Called with the bytes that are done and those that there are.
 
@@ -151,7 +188,8 @@ def compact(
     Raises
     ------
     ConfigError
-        An argument can't be honoured.
+        An argument can't be honoured; logs say different things of one layer; or a single row
+        needs more memory.
     ArchiveError
         ``out`` exists, can't be written, or what was written doesn't read back as the log has
         it.
@@ -159,27 +197,129 @@ def compact(
         As for `open_stream`.
     """
     began = time.monotonic()
-    path, target = _one(streams), _path(out)
+    paths, target = _paths(streams), _path(out)
     shards.check_profile(profile)
     _check_workers(workers)
     _check_target(target)
-    with open_stream(path, shapes=shapes, dtypes=dtypes) as reader:
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes)) for path in paths
+        ]
+        reader = opened[0] if len(opened) == 1 else JoinedReader(opened)
         reader.check()
-        folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:12]}")
+        plan = plan_log(reader, tokenizer)
+        jobs = list(_jobs(reader, plan))
+        threads = _fitting(jobs, workers, int(max_memory_gb * 1e9))
+        making = Journal(target, _making(opened, jobs, plan, profile), _now())
         try:
-            made = _write(reader, folder, profile, tokenizer, workers, progress)
-            files.replace(folder, target)
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError) and not isinstance(error, ActstoreError):
-                msg = f"{target} could not be written: {error}; nothing was kept of it"
-                raise ArchiveError(msg) from error
-            raise
+            with making as journal:
+                made = _write(reader, plan, jobs, journal, profile, threads, progress)
+                journal.finish()
+        except OSError as error:
+            if isinstance(error, ActstoreError):
+                raise
+            msg = (
+                f"{target} could not be written: {error}; what is finished of it is kept in "
+                f"{making.folder.name} beside it: make room and compact again to go on, or remove "
+                "that folder"
+            )
+            raise ArchiveError(msg) from error
+    if remove_logs:
+        for path in paths:
+            path.unlink()
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)
 
 
-def plan_log(reader: StreamReader, tokenizer: Any = None) -> layout.Plan:
-    """Plan the dataset of a log."""
+def _fitting(jobs: Sequence[_Job], workers: int, memory: int) -> int:
+    """Give how many threads fit into memory.
+
+    Raises
+    ------
+    ConfigError
+        Not even one does.
+    """
+    needed = max(
+        (shards.memory_of(job.shard.present.size, job.chunk_bytes) for job in jobs), default=0
+    )
+    fitting = (memory - _BESIDE) // needed if needed else workers
+    if fitting < 1:
+        msg = (
+            f"a shard of this archive needs {(needed + _BESIDE) / 1e9:.2f} GB of memory; "
+            f"max_memory_gb is {memory / 1e9:.2f}: give that much"
+        )
+        raise ConfigError(msg)
+    return int(min(workers, fitting))
+
+
+def _making(
+    logs: Sequence[StreamReader], jobs: Sequence[_Job], plan: layout.Plan, profile: str
+) -> str:
+    """Give what tells one making of an archive from another: the logs, the plan, the settings."""
+    said = {
+        "writer": actstore.__version__,
+        "format": store.VERSION,
+        "profile": profile,
+        "logs": [(one.header.get("run_id"), one.file_bytes, len(one.table)) for one in logs],
+        "shards": [(job.file, job.shard.first, job.shard.last, job.raw_bytes) for job in jobs],
+        "arrays": [(one.name, one.dims, one.shape, one.source.name) for one in plan.variables],
+    }
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def differences(
+    folder: Path,
+    streams: Pathlike | Sequence[Pathlike],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Compare an archive, read by zarr-python, with the logs that it was made of.
+
+    Yields
+    ------
+    (str, str)
+        What of the archive differs, and how. Texts are not compared: a tokenizer may have given
+        them.
+    """
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes))
+            for path in _paths(streams)
+        ]
+        reader = opened[0] if len(opened) == 1 else JoinedReader(opened)
+        reader.check()
+        plan = plan_log(reader)
+        for job in _jobs(reader, plan):
+            reason = _difference(folder, job)
+            if reason:
+                yield f"{job.file}, rows {job.shard.first} to {job.shard.last}", reason
+        for one in plan.coordinates:
+            if one.values.dtype == STRING:
+                continue
+            try:
+                found = store.read_part(folder, one.name, (slice(None),) * one.values.ndim)
+            except (OSError, ValueError, KeyError) as error:
+                yield one.name, f"it can't be read: {error}"
+                continue
+            if not np.array_equal(found, one.values, equal_nan=one.values.dtype.kind == "f"):
+                yield one.name, "its values are not those of the logs"
+
+
+def _difference(folder: Path, job: _Job) -> str:
+    """Say how the rows of a shard differ from the log's, if they do."""
+    try:
+        found = store.read_rows(folder, job.name, job.place, job.shard.first, job.shard.last)
+    except (OSError, ValueError, RuntimeError, ArchiveError) as error:
+        return f"it can't be read: {error}"
+    for number, rows in job.chunks():
+        start = number * job.shard.chunk_rows
+        mine = found[start : start + len(rows)]
+        if mine.dtype != rows.dtype or mine.tobytes() != rows.tobytes():
+            return f"its chunk {number} has other values than the logs"
+    return ""
+
+
+def plan_log(reader: Reader, tokenizer: Any = None) -> layout.Plan:
+    """Plan the dataset of a log, or of several."""
     texts = dict(reader.token_texts)
     if tokenizer is not None:
         parts = [axis.token_ids.ravel() for info in reader.passes for axis in info.axes]
@@ -192,11 +332,20 @@ def plan_log(reader: StreamReader, tokenizer: Any = None) -> layout.Plan:
         reader.table,
         reader.features,
         texts,
+        _runs(reader),
     )
     return layout.plan(source)
 
 
-def row_reader(reader: StreamReader, variable: layout.Variable, place: int) -> RowReader | None:
+def _runs(reader: Reader) -> Runs:
+    return Runs(reader.starts if isinstance(reader, JoinedReader) else np.zeros(1, np.int64))
+
+
+def _logs(reader: Reader) -> tuple[StreamReader, ...]:
+    return reader.readers if isinstance(reader, JoinedReader) else (reader,)
+
+
+def row_reader(reader: Reader, variable: layout.Variable, place: int) -> RowReader | None:
     """Give what reads the rows of one layer of a variable; None where it has none."""
     segments = variable.segments[place]
     if segments is None:
@@ -205,38 +354,41 @@ def row_reader(reader: StreamReader, variable: layout.Variable, place: int) -> R
     return RowReader(reader, columns, variable.row_shape, variable.source)
 
 
-def element_reader(reader: StreamReader, ragged: layout.Ragged) -> ElementReader:
+def element_reader(reader: Reader, ragged: layout.Ragged) -> ElementReader:
     """Give what reads the elements of a ragged array."""
     return ElementReader(reader, ragged.packets, ragged.offsets, ragged.size, ragged.source)
 
 
 def _write(
-    reader: StreamReader,
-    folder: Path,
+    reader: Reader,
+    plan: layout.Plan,
+    jobs: Sequence[_Job],
+    journal: Journal,
     profile: str,
-    tokenizer: Any,
-    workers: int,
+    threads: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Write and verify an archive; give what a report says of it."""
-    plan = plan_log(reader, tokenizer)
-    writer = store.ArchiveWriter(folder)
-    jobs = list(_jobs(reader, plan))
-    total, done = sum(job.raw_bytes for job in jobs), 0
-    stored = Counter[str]()
-    checks = []
-    with _threads(workers) as pool:
-        written = pool.map(lambda job: _write_shard(folder, job, profile), jobs)
-        for job, (nbytes, crc) in zip(jobs, written, strict=True):
-            stored.update(_shares(job.owners, nbytes))
-            checks.append((job, crc))
-            done += job.raw_bytes
+    """Write an archive, shard by verified shard; give what a report says of it."""
+    total, resumed = sum(job.raw_bytes for job in jobs), len(journal.done)
+    done = sum(job.raw_bytes for job in jobs if job.file in journal.done)
+    if progress is not None and resumed:
+        progress(done, total)
+    missing = [job for job in jobs if job.file not in journal.done]
+    with _threads(threads) as pool:
+        running = {pool.submit(_write_shard, journal, job, profile): job for job in missing}
+        for future in _as_done(running):
+            future.result()
+            done += running[future].raw_bytes
             if progress is not None:
                 progress(done, total)
-        _describe_arrays(writer, plan, profile)
-        chunks = sum(pool.map(lambda one: _verify_shard(folder, *one), checks))
+    stored = Counter[str]()
+    for job in jobs:
+        stored.update(_shares(job.owners, journal.done[job.file]))
+    writer = store.ArchiveWriter(journal.folder)
+    _describe_arrays(writer, plan, profile)
+    _check_arrays(journal.folder, jobs)
     _add_labels(writer, plan, reader)
-    writer.finish(_attributes(reader, plan, stored, profile))
+    writer.finish(_attributes(reader, plan, stored, profile, journal.created))
     return {
         "rows": plan.rows,
         "variables": (
@@ -247,8 +399,17 @@ def _write(
         "raw_bytes": total,
         "stored_bytes": stored.total(),
         "shards_verified": len(jobs),
-        "chunks_verified": chunks,
+        "chunks_verified": sum(int(job.shard.present.sum()) for job in jobs),
+        "shards_resumed": resumed,
     }
+
+
+def _as_done(running: Mapping[Future[None], _Job]) -> Iterator[Future[None]]:
+    """Give what is running as it ends; an interrupt is not kept waiting."""
+    left = set(running)
+    while left:
+        ended, left = wait(left, return_when="FIRST_COMPLETED")
+        yield from ended
 
 
 @contextmanager
@@ -261,7 +422,7 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _jobs(reader: StreamReader, plan: layout.Plan) -> Iterator[_Job]:
+def _jobs(reader: Reader, plan: layout.Plan) -> Iterator[_Job]:
     """Give the shards to write: those that hold anything."""
     for one in plan.variables:
         axis = one.token_axis
@@ -272,15 +433,33 @@ def _jobs(reader: StreamReader, plan: layout.Plan) -> Iterator[_Job]:
             for shard in one.cut(place):
                 owners, trailing = {module: shard.rows * one.row_bytes}, len(one.row_shape)
                 read = partial(rows.read, fill=one.fill)
-                yield _Job(one.name, (place,) * axis, trailing, shard, one.fill, owners, read)
+                yield _Job(
+                    one.name,
+                    (place,) * axis,
+                    trailing,
+                    shard,
+                    one.array_row_bytes,
+                    one.fill,
+                    owners,
+                    read,
+                )
     for ragged in plan.ragged:
         elements = element_reader(reader, ragged)
         for shard in ragged.cut():
             owners = _ragged_owners(reader, ragged, shard)
-            yield _Job(ragged.values_name, (), 0, shard, 0, owners, elements.read)
+            yield _Job(
+                ragged.values_name,
+                (),
+                0,
+                shard,
+                ragged.source.array.itemsize,
+                0,
+                owners,
+                elements.read,
+            )
 
 
-def _ragged_owners(reader: StreamReader, ragged: layout.Ragged, shard: Shard) -> dict[str, int]:
+def _ragged_owners(reader: Reader, ragged: layout.Ragged, shard: Shard) -> dict[str, int]:
     """Give the raw bytes that each module has in a shard of a ragged array."""
     names = {info.id: info.name for info in reader.layers.values()}
     ends = np.append(ragged.offsets[1:], ragged.size)
@@ -299,27 +478,37 @@ def _shares(owners: Mapping[str, int], nbytes: int) -> dict[str, int]:
     return result
 
 
-def _write_shard(folder: Path, job: _Job, profile: str) -> tuple[int, int]:
-    """Write a shard; give the bytes of its file, and the CRC-32C of its rows."""
-    rows, shard = job.rows(), job.shard
-    room = shards.room(rows, shard.chunk_rows, shard.present)
-    encoded = shards.encode_shard(
-        rows, shard.chunk_rows, shard.present, job.fill, profile, codecs.scratch("shard", room)
-    )
-    nbytes = shards.write_shard(store.shard_path(folder, job.name, job.path), encoded)
-    return nbytes, _crc(rows)
-
-
-def _verify_shard(folder: Path, job: _Job, crc: int) -> int:
-    """Read a shard back by zarr-python, compare it with the log's rows, and count its chunks."""
-    shard = job.shard
+def _write_shard(journal: Journal, job: _Job, profile: str) -> None:
+    """Write a shard, compare what it decodes to with the log, and its file with what it is."""
     try:
-        found = store.read_rows(folder, job.name, job.place, shard.first, shard.last)
-    except (ValueError, RuntimeError) as error:
+        shard = job.shard
+        count = shard.present.size
+        room = shards.room(job.chunk_bytes, int(shard.present.sum()), count)
+        encoded = shards.encode_shard(
+            job.chunks(),
+            shard.chunk_rows,
+            count,
+            job.fill,
+            profile,
+            codecs.scratch("shard", room),
+        )
+        nbytes = shards.write_shard(journal.folder / job.file, encoded)
+    except shards.MismatchError as error:
         raise _unverified(job) from error
-    if _crc(found) != crc:
-        raise _unverified(job)
-    return int(shard.present.sum())
+    journal.add(job.file, nbytes)
+
+
+def _check_arrays(folder: Path, jobs: Sequence[_Job]) -> None:
+    """Read a chunk of each array by zarr-python, as its metadata says, and compare it."""
+    for job in {job.name: job for job in jobs}.values():
+        number, wanted = next(job.chunks())
+        first = job.shard.first + number * job.shard.chunk_rows
+        try:
+            found = store.read_rows(folder, job.name, job.place, first, first + len(wanted))
+        except (ValueError, RuntimeError) as error:
+            raise _unverified(job) from error
+        if found.dtype != wanted.dtype or found.tobytes() != wanted.tobytes():
+            raise _unverified(job)
 
 
 def _unverified(job: _Job) -> ArchiveError:
@@ -329,10 +518,6 @@ def _unverified(job: _Job) -> ArchiveError:
         "again"
     )
     return ArchiveError(msg)
-
-
-def _crc(rows: NDArray[Any]) -> int:
-    return castagnoli.crc32c(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
 
 def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, profile: str) -> None:
@@ -360,7 +545,7 @@ def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, profile: st
         )
 
 
-def _add_labels(writer: store.ArchiveWriter, plan: layout.Plan, reader: StreamReader) -> None:
+def _add_labels(writer: store.ArchiveWriter, plan: layout.Plan, reader: Reader) -> None:
     for coordinate in plan.coordinates:
         writer.add_small(coordinate)
         if coordinate.values.dtype == STRING:
@@ -369,17 +554,17 @@ def _add_labels(writer: store.ArchiveWriter, plan: layout.Plan, reader: StreamRe
         if variable.partial:
             writer.add_small(variable.present())
     tables = (
-        ("tokens", "token", token_columns(reader.tokens)),
-        ("passes", "pass", pass_columns(reader.passes)),
+        ("tokens", "token", token_columns(reader.tokens, _runs(reader))),
+        ("passes", "pass", pass_columns(reader.passes, _runs(reader))),
     )
     for group, dim, columns in tables:
         for name, values in columns.items():
             writer.add_small(Coordinate(name, (dim,), values), group=group)
 
 
-def _analysis(reader: StreamReader, stored: Mapping[str, int], profile: str) -> dict[str, Any]:
-    """Give what ``analyze_activations`` says of the archive: the log's counts, its own bytes."""
-    found = summary.summarise(reader)
+def _analysis(reader: Reader, stored: Mapping[str, int], profile: str) -> dict[str, Any]:
+    """Give what ``analyze_activations`` says of the archive: the logs' counts, its own bytes."""
+    found = summary.summarise_all(_logs(reader))
     del found["stream_path"]
     for name, layer in found["per_layer"].items():
         layer["bytes"] = stored.get(name, 0)
@@ -392,7 +577,11 @@ def _analysis(reader: StreamReader, stored: Mapping[str, int], profile: str) -> 
 
 
 def _attributes(
-    reader: StreamReader, plan: layout.Plan, stored: Mapping[str, int], profile: str
+    reader: Reader,
+    plan: layout.Plan,
+    stored: Mapping[str, int],
+    profile: str,
+    created: str,
 ) -> dict[str, Any]:
     labels = [one.name for one in plan.coordinates if one.dims != (one.name,)]
     return {
@@ -402,31 +591,38 @@ def _attributes(
         "rows": dict(plan.rows),
         "aliases": dict(plan.aliases),
         "profile": profile,
-        "run": dict(reader.header),
+        "runs": [dict(one.header) for one in _logs(reader)],
         "analysis": _analysis(reader, stored, profile),
         "provenance": {
             "writer": {"name": "actstore", "version": actstore.__version__},
-            "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "created": created,
             "logs": [
                 {
-                    "name": reader.path.name,
-                    "run_id": reader.header.get("run_id"),
-                    "bytes": reader.file_bytes,
-                    "complete": reader.complete,
+                    "name": one.path.name,
+                    "run_id": one.header.get("run_id"),
+                    "bytes": one.file_bytes,
+                    "complete": one.complete,
                 }
+                for one in _logs(reader)
             ],
         },
     }
 
 
-def _one(streams: Pathlike | Sequence[Pathlike]) -> Path:
+def _now() -> str:
+    """Give the time in UTC; that of ``SOURCE_DATE_EPOCH``, where a build is to be reproduced."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.now(UTC) if fixed is None else datetime.fromtimestamp(int(fixed), UTC)
+    return now.isoformat(timespec="milliseconds")
+
+
+def _paths(streams: Pathlike | Sequence[Pathlike]) -> list[Path]:
     if isinstance(streams, str | os.PathLike):
-        return Path(streams)
-    if not isinstance(streams, Sequence) or len(streams) != 1:
-        found = len(streams) if isinstance(streams, Sequence) else repr(streams)
-        msg = f"compact takes the path of one log for now; got {found}: compact each by itself"
+        return [Path(streams)]
+    if not isinstance(streams, Sequence) or not streams:
+        msg = f"compact takes the path of a log, or a sequence of them; got {streams!r}"
         raise ConfigError(msg)
-    return _path(streams[0])
+    return [_path(one) for one in streams]
 
 
 def _path(given: Pathlike) -> Path:

@@ -1,7 +1,8 @@
 """Owns opening a log or an archive as the same lazy `xarray.Dataset`.
 
 Values stay where they are until they are asked for. What the dataset is, is planned in
-``archive.layout``; rows of a log are read by ``stream.rows``, those of an archive by zarr.
+``archive.layout``; rows of a log are read by ``stream.rows``, those of an archive by
+``archive.reading``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from actstore import files
+from actstore.accessor import remember_lazy
 from actstore.archive import layout, store
+from actstore.archive.reading import ShardedRows
 from actstore.compaction import element_reader, plan_log, row_reader
 from actstore.errors import FormatError, UnsupportedVersionError
 from actstore.stream.legacy import is_legacy
@@ -71,6 +74,7 @@ def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Da
         return dataset
     try:
         chunked = _by_shards(dataset) if chunks == "auto" else dataset.chunk(chunks)
+        remember_lazy(chunked, dataset)
     except BaseException:
         dataset.close()
         raise
@@ -91,7 +95,7 @@ def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
     place = files.existing(path, "open_dataset")
     if place.is_dir():
         _check_archive(place)
-        return store.open_xarray(place)
+        return _over_archive(place)
     if not (is_log(place) or is_legacy(place)):
         later = _LATER.get(place.suffix.lower())
         hint = f"; {later} can't be opened yet" if later else ""
@@ -118,13 +122,24 @@ def _check_archive(folder: Path) -> None:
 
 def _by_shards(dataset: xr.Dataset) -> xr.Dataset:
     """Chunk each variable by its own shards."""
-    chunked = dataset.copy()
-    for name, variable in dataset.variables.items():
+    chunked = {}
+    for name in dataset.data_vars:
+        variable = dataset.variables[name]
         shape = variable.encoding.get("shards") or variable.encoding.get("chunks")
-        if name in dataset.data_vars and shape and variable.size:
-            sizes = dict(zip(variable.dims, shape, strict=True))
-            chunked[name] = variable.chunk(sizes)
-    return chunked
+        if shape and variable.size:
+            chunked[name] = variable.chunk(dict(zip(variable.dims, shape, strict=True)))
+    return dataset.assign(chunked)  # at once: each assignment goes through all variables
+
+
+def _over_archive(folder: Path) -> xr.Dataset:
+    """Open an archive; its large arrays are read by us, which is faster, what we can't by zarr."""
+    dataset = store.open_xarray(folder)
+    for name, reader in store.sharded_rows(folder.absolute()).items():
+        if name in dataset.data_vars:
+            variable = dataset.variables[name]
+            lazy = indexing.LazilyIndexedArray(_Shards(reader))
+            dataset[name] = xr.Variable(variable.dims, lazy, variable.attrs, variable.encoding)
+    return dataset
 
 
 def _over_log(reader: StreamReader) -> xr.Dataset:
@@ -142,7 +157,7 @@ def _over_log(reader: StreamReader) -> xr.Dataset:
         "format": store.FORMAT,
         "rows": dict(plan.rows),
         "aliases": dict(plan.aliases),
-        "run": dict(reader.header),
+        "runs": [dict(reader.header)],
     }
     dataset = xr.Dataset(variables, labels, about)
     dataset.set_close(reader.close)
@@ -155,19 +170,23 @@ def _lazy(one: layout.Variable | layout.Ragged, array: BackendArray) -> xr.Varia
     return xr.Variable(one.dims, indexing.LazilyIndexedArray(array), one.attributes, encoding)
 
 
-class _Rows(BackendArray):
-    """A variable of a log: reads the rows that are asked for, and no others."""
+class _Layers(BackendArray):
+    """An array ``[layer,] rows, …``: reads what is asked for of rows and layers, and no others.
 
-    def __init__(self, reader: StreamReader, variable: layout.Variable) -> None:
-        self.shape = variable.shape
-        self.dtype = variable.dtype
-        self._reader = reader
-        self._variable = variable
-        self._lock = threading.Lock()
-        self._readers: dict[int, Any] = {}
+    Parameters
+    ----------
+    shape : tuple of int
+        Its shape.
+    dtype : numpy.dtype
+        Its dtype.
+    axis : int
+        The place of the rows: 0, or 1 behind ``layer``.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rows_again, (self._reader.path.absolute(), self._variable.name)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, axis: int) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self._axis = axis
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(
@@ -176,18 +195,47 @@ class _Rows(BackendArray):
 
     def _read(self, key: tuple[Any, ...]) -> NDArray[Any]:
         """Read what an outer index asks for: of each dimension an int, a slice or an array."""
-        axis = self._variable.token_axis
+        axis = self._axis
         rows = _positions(key[axis], self.shape[axis])
         places = _positions(key[0], self.shape[0]) if axis else np.zeros(1, np.int64)
         parts = [_pick(self._layer(place, rows), key[axis + 1 :]) for place in places.tolist()]
-        if parts:
-            found = np.stack(parts)
-        else:
-            row = np.empty((0, *self._variable.row_shape), self.dtype)
+        if not parts:
+            row = np.empty((0, *self.shape[axis + 1 :]), self.dtype)
             found = np.empty((0, rows.size, *_pick(row, key[axis + 1 :]).shape[1:]), self.dtype)
+        else:  # a single layer is not copied
+            found = np.stack(parts) if len(parts) > 1 else parts[0][np.newaxis]
         if isinstance(key[axis], int | np.integer):
             found = found[:, 0]
         return found if axis and not isinstance(key[0], int | np.integer) else found[0]
+
+    def _layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Read rows of one layer: [n, …]."""
+        raise NotImplementedError
+
+
+class _Shards(_Layers):
+    """An array of values of an archive."""
+
+    def __init__(self, reader: ShardedRows) -> None:
+        super().__init__(reader.shape, reader.dtype, reader.axis)
+        self._reader = reader
+
+    def _layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        return self._reader.read(place, rows)
+
+
+class _Rows(_Layers):
+    """A variable of a log."""
+
+    def __init__(self, reader: StreamReader, variable: layout.Variable) -> None:
+        super().__init__(variable.shape, variable.dtype, variable.token_axis)
+        self._reader = reader
+        self._variable = variable
+        self._lock = threading.Lock()
+        self._readers: dict[int, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rows_again, (self._reader.path.absolute(), self._variable.name)
 
     def _layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         variable = self._variable

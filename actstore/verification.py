@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ import numpy as np
 from actstore import codecs, dtypes, files
 from actstore.archive import store
 from actstore.archive.checks import ArchiveCheck
-from actstore.errors import ActstoreWarning, FormatError, StreamCorruptError
+from actstore.compaction import differences
+from actstore.errors import ActstoreWarning, ConfigError, FormatError, StreamCorruptError
 from actstore.stream import records
 from actstore.stream.legacy import LegacyReader, is_legacy
 from actstore.stream.reader import StreamReader
@@ -93,7 +94,12 @@ class Report:
         return not self.damage
 
 
-def verify(path: str | os.PathLike[str], *, decode: bool = False) -> Report:
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    decode: bool = False,
+    against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+) -> Report:
     """Check every checksum of a log or an archive.
 
     Of a log each record's frame, header and payload is read, without trusting its index; of an
@@ -108,6 +114,9 @@ def verify(path: str | os.PathLike[str], *, decode: bool = False) -> Report:
     decode : bool
         Also decode each block of a log: what a checksum can't tell is a writer that encoded wrong
         bytes. Several times slower.
+    against : path or sequence of paths, optional
+        Of an archive the logs that it was made of, in their order: every value and label is read
+        by zarr-python and compared with theirs.
 
     Returns
     -------
@@ -123,11 +132,15 @@ def verify(path: str | os.PathLike[str], *, decode: bool = False) -> Report:
     UnsupportedVersionError
         It is one of a version that this actstore doesn't know.
     ConfigError
-        It is a log of ``llm-instrumentation`` of LZ4 frames, and what decodes them is missing.
+        ``against`` is given for a log; or it is a log of ``llm-instrumentation`` of LZ4 frames,
+        and what decodes them is missing.
     """
     place = files.existing(path, "verify")
     if place.is_dir():
-        return _verify_archive(place)
+        return _verify_archive(place, against)
+    if against is not None:
+        msg = f"{place} is no archive: against= compares an archive with the logs it was made of"
+        raise ConfigError(msg)
     if is_log(place):
         return _verify_log(place, decode=decode)
     if is_legacy(place):
@@ -136,11 +149,17 @@ def verify(path: str | os.PathLike[str], *, decode: bool = False) -> Report:
     raise FormatError(msg)
 
 
-def _verify_archive(folder: Path) -> Report:
+def _verify_archive(
+    folder: Path, against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+) -> Report:
     store.check_identity(folder)
     check = ArchiveCheck(folder)
-    found = tuple(Damaged(one.where, -1, one.reason) for one in check.findings())
-    return Report(folder, "archive", found, dict(check.checked), check.nbytes, complete=True)
+    found = [Damaged(one.where, -1, one.reason) for one in check.findings()]
+    if against is not None:
+        found += [Damaged(where, -1, reason) for where, reason in differences(folder, against)]
+    return Report(
+        folder, "archive", tuple(found), dict(check.checked), check.nbytes, complete=True
+    )
 
 
 def _verify_legacy(path: Path) -> Report:

@@ -210,30 +210,31 @@ def test_only_empty_packets_make_an_archive(tmp_path: Path) -> None:
         xr.testing.assert_equal(one.compute(), other.compute())
 
 
-def test_a_shard_a_worker_is_all_that_is_read_at_once(
+def test_no_more_threads_work_than_fit_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid, "CHUNK_BYTES", 256)
-    monkeypatch.setattr(grid, "SHARD_BYTES", 1024)
-    log = decoder_log(tmp_path / "run.stream", steps=60, width=16)
+    monkeypatch.setattr(grid, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(grid, "SHARD_BYTES", 1 << 22)
+    log = decoder_log(tmp_path / "run.stream", steps=60, width=512)
     lock, now, most = threading.Lock(), 0, 0
     encode = shards.encode_shard
 
-    def counting(rows: NDArray[Any], *others: Any) -> list[Any]:
+    def counting(*given: Any) -> list[Any]:
         nonlocal now, most
         with lock:
-            now += rows.nbytes
+            now += 1
             most = max(most, now)
         try:
-            return encode(rows, *others)
+            return encode(*given)
         finally:
             with lock:
-                now -= rows.nbytes
+                now -= 1
 
     monkeypatch.setattr(shards, "encode_shard", counting)
-    report = compact(log.path, tmp_path / "run.zarr", workers=2)
-    assert report.shards_verified > 40
-    assert 0 < most <= 2 * 1024
+    compact(log.path, tmp_path / "one.zarr", workers=8, max_memory_gb=0.0685)
+    assert most == 1
+    with pytest.raises(ConfigError, match="max_memory_gb"):
+        compact(log.path, tmp_path / "none.zarr", max_memory_gb=0.0672)
 
 
 # -- what it says -------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def test_the_root_attributes_are_what_the_schema_says(tmp_path: Path) -> None:
     assert (said["format"], said["format_version"]) == ("actstore", 0)
     assert said["aliases"] == {"model": "final_norm", "output": "logits"}
     assert said["rows"] == {"token": 18}
-    assert said["run"]["run_id"] == "00000000-0000-4000-8000-000000000000"
+    assert [one["run_id"] for one in said["runs"]] == ["00000000-0000-4000-8000-000000000000"]
     assert said["provenance"]["logs"][0]["bytes"] == log.path.stat().st_size
     assert str(tmp_path) not in json.dumps(said)
 
@@ -349,9 +350,8 @@ def test_what_stands_at_the_target_is_never_touched(tmp_path: Path) -> None:
         ({"profile": "zstd"}, "'balanced'"),
         ({"workers": 0}, "workers"),
         ({"workers": True}, "workers"),
-        ({"streams": []}, "one log"),
-        ({"streams": ["a", "b"]}, "one log"),
-        ({"streams": 3}, "one log"),
+        ({"streams": []}, "path of a log"),
+        ({"streams": 3}, "path of a log"),
         ({"streams": [3]}, "path"),
     ],
 )
@@ -391,25 +391,55 @@ class StoppedError(Exception):
     """What a test raises from inside."""
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make all archives at the same time, so that they are the same bytes."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+
+
 @pytest.mark.parametrize("at", [1, 4, 10])
-def test_whatever_is_raised_on_the_way_nothing_appears(tmp_path: Path, at: int) -> None:
+def test_what_was_finished_before_something_was_raised_is_not_done_again(
+    tmp_path: Path, at: int, one_time: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = decoder_log(tmp_path / "run.stream")
+    compact(log.path, tmp_path / "whole.zarr")
     seen = 0
 
     def stop(done: int, total: int) -> None:
         nonlocal seen
         seen += 1
+        assert not (tmp_path / "run.zarr").exists()
         if seen == at:
-            assert len(left(tmp_path)) == 2, "it is written beside its final name"
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        compact(log.path, tmp_path / "run.zarr", progress=stop)
-    assert left(tmp_path) == ["run.stream"]
+        compact(log.path, tmp_path / "run.zarr", progress=stop, workers=1)
+    assert left(tmp_path) == [".run.zarr.journal", ".run.zarr.partial", "run.stream", "whole.zarr"]
+    encode, encoded = shards.encode_shard, 0
+
+    def counting(*given: Any) -> list[Any]:
+        nonlocal encoded
+        encoded += 1
+        return encode(*given)
+
+    monkeypatch.setattr(shards, "encode_shard", counting)
+    report = compact(log.path, tmp_path / "run.zarr")
+    assert report.shards_resumed >= at
+    assert report.shards_resumed + encoded == report.shards_verified == 10
+    assert files_of(tmp_path / "run.zarr") == files_of(tmp_path / "whole.zarr")
+    assert left(tmp_path) == ["run.stream", "run.zarr", "whole.zarr"]
 
 
 @pytest.mark.parametrize("what", ["write_new", "atomic_write", "replace", "fsync_folder"])
-def test_a_full_disk_is_an_archive_error_and_leaves_nothing(
+def test_a_full_disk_is_an_archive_error_and_the_next_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     log = decoder_log(tmp_path / "run.stream")
@@ -417,10 +447,126 @@ def test_a_full_disk_is_an_archive_error_and_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, what, full)
-    with pytest.raises(ArchiveError, match="No space left"):
-        compact(log.path, tmp_path / "run.zarr")
-    assert left(tmp_path) == ["run.stream"]
+    with monkeypatch.context() as patched:
+        patched.setattr(files, what, full)
+        with pytest.raises(ArchiveError, match="No space left"):
+            compact(log.path, tmp_path / "run.zarr")
+    assert "run.zarr" not in left(tmp_path)
+    report = compact(log.path, tmp_path / "run.zarr")
+    assert (report.shards_resumed == 10) == (what in ("atomic_write", "replace"))
+    assert left(tmp_path) == ["run.stream", "run.zarr"]
+
+
+def test_other_settings_or_another_log_begin_anew(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream")
+    other = decoder_log(tmp_path / "other.stream", steps=7)
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise StoppedError
+
+    for given, how in ((log, {"profile": "fast"}), (other, {}), (log, {})):
+        with pytest.raises(StoppedError):
+            compact(given.path, tmp_path / "run.zarr", progress=stop, **how)  # type: ignore[arg-type]
+    report = compact(other.path, tmp_path / "run.zarr")
+    assert report.shards_resumed == 0
+    assert actstore.verify(tmp_path / "run.zarr").ok
+    with actstore.open_dataset(other.path) as one, xr.open_zarr(tmp_path / "run.zarr") as found:
+        xr.testing.assert_equal(one.compute(), found.compute())
+
+
+def test_a_finished_shard_that_has_another_length_is_made_again(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream")
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        compact(log.path, tmp_path / "run.zarr", progress=stop)
+    shard = tmp_path / ".run.zarr.partial/mlp/c/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    journal = tmp_path / ".run.zarr.journal"
+    journal.write_bytes(journal.read_bytes()[:-3])  # its last line is cut
+    assert compact(log.path, tmp_path / "run.zarr").shards_resumed == 8
+    assert actstore.verify(tmp_path / "run.zarr").ok
+
+
+def test_two_that_make_the_same_archive_are_refused(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream")
+    said = []
+
+    def again(done: int, total: int) -> None:
+        with pytest.raises(ArchiveError, match="another compaction") as error:
+            compact(log.path, tmp_path / "run.zarr")
+        said.append(str(error.value))
+
+    compact(log.path, tmp_path / "run.zarr", progress=again)
+    assert len(said) == 10
+    assert left(tmp_path) == ["run.stream", "run.zarr"]
+
+
+def test_logs_are_removed_only_on_request(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream")
+    compact(log.path, tmp_path / "one.zarr")
+    assert log.path.exists()
+    compact(log.path, tmp_path / "two.zarr", remove_logs=True)
+    assert left(tmp_path) == ["one.zarr", "two.zarr"]
+
+
+# -- several logs -------------------------------------------------------------------------------
+
+
+def test_several_logs_are_one_archive_in_the_order_given(tmp_path: Path) -> None:
+    logs = [
+        decoder_log(tmp_path / f"{number}.stream", steps=3 + number, run=str(number))
+        for number in range(3)
+    ]
+    report = compact([one.path for one in logs], tmp_path / "all.zarr")
+    with xr.open_zarr(tmp_path / "all.zarr", chunks=None) as found:
+        for number, log in enumerate(logs):
+            mine = found.isel(token=np.flatnonzero(found.run.values == number))
+            with actstore.open_dataset(log.path) as one:
+                labels = [name for name in one.coords if name != "token_text"]
+                for name in (*one.data_vars, *labels):
+                    if "token" in one[name].dims or name == "layer":
+                        np.testing.assert_array_equal(mine[name].values, one[name].values, name)
+            at = found["model.rotary_run"].values == number
+            with actstore.open_dataset(log.path) as one:
+                np.testing.assert_array_equal(
+                    found["model.rotary_pass"].values[at], one["model.rotary_pass"].values
+                )
+        assert np.all(np.diff(found.run.values) >= 0)
+        assert [one["run_id"] for one in found.attrs["runs"]] == ["0", "1", "2"]
+    assert report.rows == {"token": sum(10 + 2 * (3 + one) for one in range(3))}
+    said = store.read_attributes(tmp_path / "all.zarr")
+    jsonschema.validate(said, json.loads(SCHEMA.read_bytes()))
+    assert said["analysis"]["packets"] == sum(len(one.fired) for one in logs)
+    assert actstore.verify(tmp_path / "all.zarr").ok
+    with xr.open_zarr(tmp_path / "all.zarr", group="tokens") as tokens:
+        assert tokens.run.values.tolist() == [0] * 8 + [1] * 10 + [2] * 12
+
+
+def test_logs_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    one = decoder_log(tmp_path / "one.stream", run="1")
+    with pytest.raises(ConfigError, match="same run '1'"):
+        compact([one.path, one.path], tmp_path / "all.zarr")
+    other = LogBuilder(tmp_path / "other.stream", run="2")
+    other.layer("model.layers.0.mlp", "mlp", 7)
+    other.begin(axis(1, 1))
+    other.put("model.layers.0.mlp", random_values((1, 1, 4)))
+    with pytest.raises(ConfigError, match="different models"):
+        compact([one.path, other.close()], tmp_path / "all.zarr")
+    sampled = []
+    for number, kept in enumerate(([0, 1], [0, 2])):
+        log = LogBuilder(tmp_path / f"{number}.stream", run=str(10 + number))
+        log.layer("a")
+        log.features(4, kept)
+        log.begin(axis(1, 1))
+        log.put("a", random_values((1, 1, 2)), width=4)
+        sampled.append(log.close())
+    with pytest.raises(ConfigError, match="other features of width 4"):
+        compact(sampled, tmp_path / "all.zarr")
 
 
 def test_a_shard_that_does_not_read_back_fails_the_compaction(
@@ -486,3 +632,27 @@ def test_the_tables_of_tokens_and_passes_hold_what_was_recorded(tmp_path: Path) 
             "logits_to_keep": [2, 0],
         }
         assert tuple(passes.sizes) == ("pass",)
+
+
+def test_an_archive_is_compared_with_its_logs(tmp_path: Path) -> None:
+    logs = [decoder_log(tmp_path / f"{one}.stream", run=str(one)).path for one in range(2)]
+    compact(logs, tmp_path / "all.zarr")
+    compact(logs[0], tmp_path / "one.zarr")
+    assert actstore.verify(tmp_path / "all.zarr", against=logs).ok
+    assert actstore.verify(tmp_path / "one.zarr", against=logs[0]).ok
+    other = decoder_log(tmp_path / "other.stream", steps=5).path
+    found = actstore.verify(tmp_path / "one.zarr", against=other)
+    assert {one.where for one in found.damage} >= {"token_id", "step"}
+    with pytest.raises(ConfigError, match="no archive"):
+        actstore.verify(logs[0], against=logs)
+
+
+def test_other_values_in_chunks_whose_checksums_fit_are_found(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream").path
+    compact(log, tmp_path / "run.zarr")
+    array = zarr.open_array(tmp_path / "run.zarr" / "mlp", mode="r+")
+    array[1, 3] = 1.0
+    assert actstore.verify(tmp_path / "run.zarr").ok
+    (found,) = actstore.verify(tmp_path / "run.zarr", against=log).damage
+    assert "mlp/c/1/0/0" in found.where
+    assert "chunk 0 has other values" in found.reason

@@ -265,7 +265,7 @@ def test_an_archive_of_a_captured_log_is_valid(profile: str, log: Path, tmp_path
         tracker.record_token(3, "\ud83d")
     compact(log, tmp_path / "run.zarr", profile=profile)
     assert assert_valid(tmp_path / "run.zarr") == {"values", "ragged", ""}
-    check("header", attributes(tmp_path / "run.zarr")["run"])
+    check("header", attributes(tmp_path / "run.zarr")["runs"][0])
 
 
 def test_an_archive_of_a_sampled_capture_is_valid(log: Path, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from actstore.packet import Axis, LayerInfo, PassInfo, TokenRecord
 
 __all__ = [
     "ROW_LABELS",
+    "RUN",
     "STRING",
     "Coordinate",
+    "Runs",
     "annotation_labels",
     "module_labels",
     "pass_columns",
@@ -28,10 +30,11 @@ __all__ = [
 
 #: How text is held: as `xarray.open_zarr` gives it.
 STRING: Final = np.dtypes.StringDType()
-#: What every token axis has.
+#: What every token axis has, and one of several runs besides.
 ROW_LABELS: Final = (
     *("pass_index", "batch_item", "position", "token_id", "token_text", "is_padding", "step"),
 )
+RUN: Final = "run"
 _EXACT: Final = 1 << 53  # up to here float64 holds every integer
 _INT64: Final = range(-(1 << 63), 1 << 63)
 
@@ -55,12 +58,40 @@ class Coordinate:
     values: NDArray[Any]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """The logs of a dataset: their passes are numbered through, and labelled as each had them.
+
+    Attributes
+    ----------
+    starts : numpy.ndarray
+        int64: the first pass of each.
+    """
+
+    starts: NDArray[np.int64]
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return self.starts.size > 1
+
+    def of(self, passes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give which log passes are of."""
+        return np.searchsorted(self.starts, passes, side="right") - 1
+
+    def own(self, passes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the indices that passes have in their log; -1 stays."""
+        return np.where(passes < 0, passes, passes - self.starts[self.of(passes).clip(0)])
+
+
 def texts_of(values: Iterable[str]) -> NDArray[Any]:
     """Give text as an array of strings."""
     return np.array([plain_text(one) for one in values], STRING)
 
 
-def row_tables(passes: Sequence[PassInfo], names: Names) -> dict[str, RowTable]:
+def row_tables(
+    passes: Sequence[PassInfo], names: Names, *, several: bool = False
+) -> dict[str, RowTable]:
     """Give each token axis its rows and its name, by what the log calls it."""
     found: dict[str, list[tuple[int, Axis]]] = {}
     for info in passes:
@@ -72,7 +103,7 @@ def row_tables(passes: Sequence[PassInfo], names: Names) -> dict[str, RowTable]:
         counts = np.array([axis.rows for _, axis in mine], np.int64)
         tables[name] = RowTable(
             dim,
-            _prefix(dim, names),
+            _prefix(dim, names, (*ROW_LABELS, *(RUN,) * several)),
             int(counts.sum()),
             np.array([index for index, _ in mine], np.int64),
             np.cumsum(counts) - counts,
@@ -81,12 +112,12 @@ def row_tables(passes: Sequence[PassInfo], names: Names) -> dict[str, RowTable]:
     return tables
 
 
-def _prefix(dim: str, names: Names) -> str:
+def _prefix(dim: str, names: Names, labels: Sequence[str]) -> str:
     """Give what the names of a dimension's labels begin with: nothing where it is ``token``."""
     if dim == "token":
-        names.reserve(*ROW_LABELS)
+        names.reserve(*labels)
         return ""
-    ends = tuple(f"_{label}" for label in ROW_LABELS)
+    ends = tuple(f"_{label}" for label in labels)
     return f"{names.give(dim.removesuffix('_token'), ends)}_"
 
 
@@ -95,15 +126,22 @@ def row_labels(
     passes: Sequence[PassInfo],
     tokens: Sequence[TokenRecord],
     texts: Mapping[int, str],
+    runs: Runs,
 ) -> list[Coordinate]:
     """Give what labels every row: its pass, place and token, and the step that it predicted."""
     known = {one.token_id: one.token_text for one in tokens} | dict(texts)
     steps = _steps(tokens, passes, tables)
-    return [
-        Coordinate(table.prefix + label, (table.dim,), values)
-        for name, table in tables.items()
-        for label, values in zip(ROW_LABELS, (*_columns(table, known), steps[name]), strict=True)
-    ]
+    found = []
+    for name, table in tables.items():
+        index, *rest = _columns(table, known)
+        columns = dict(zip(ROW_LABELS, (runs.own(index), *rest, steps[name]), strict=True))
+        if runs.several:
+            columns[RUN] = runs.of(index)
+        found += [
+            Coordinate(table.prefix + label, (table.dim,), values)
+            for label, values in columns.items()
+        ]
+    return found
 
 
 def _columns(table: RowTable, texts: Mapping[int, str]) -> tuple[NDArray[Any], ...]:
@@ -247,24 +285,29 @@ def _block_name(info: LayerInfo, *, whole: bool = False) -> str:
     return ".".join(parts[: parts.index(str(info.block)) + 1])
 
 
-def token_columns(tokens: Sequence[TokenRecord]) -> dict[str, NDArray[Any]]:
+def token_columns(tokens: Sequence[TokenRecord], runs: Runs) -> dict[str, NDArray[Any]]:
     """Give what ``record_token`` was told, as columns; a position that was not given is NaN."""
     places = [np.nan if one.position is None else one.position for one in tokens]
-    return {
-        "step": np.array([one.step for one in tokens], np.int64),
+    passes = np.array([one.pass_index for one in tokens], np.int64)
+    steps = np.array([one.step for one in tokens], np.int64)
+    columns = {
+        "step": steps,
         "token_id": np.array([one.token_id for one in tokens], np.int64),
         "token_text": texts_of(one.token_text for one in tokens),
         "position": np.array(places, np.float64),
-        "pass_index": np.array([one.pass_index for one in tokens], np.int64),
+        "pass_index": runs.own(passes),
         "time": np.array([one.time for one in tokens], np.float64),
     }
+    return columns | ({RUN: runs.of(passes)} if runs.several else {})
 
 
-def pass_columns(passes: Sequence[PassInfo]) -> dict[str, NDArray[Any]]:
+def pass_columns(passes: Sequence[PassInfo], runs: Runs) -> dict[str, NDArray[Any]]:
     """Give the passes, as columns."""
-    return {
-        "index": np.array([one.index for one in passes], np.int64),
+    index = np.array([one.index for one in passes], np.int64)
+    columns = {
+        "index": runs.own(index),
         "entry": texts_of(one.entry for one in passes),
         "aborted": np.array([one.aborted for one in passes], np.bool_),
         "logits_to_keep": np.array([one.logits_to_keep for one in passes], np.int64),
     }
+    return columns | ({RUN: runs.of(index)} if runs.several else {})

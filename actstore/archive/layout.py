@@ -26,6 +26,7 @@ from actstore.archive.alignment import (
 )
 from actstore.archive.coordinates import (
     Coordinate,
+    Runs,
     annotation_labels,
     module_labels,
     row_labels,
@@ -48,7 +49,7 @@ RESIDUAL: Final = frozenset(
 )
 _RAGGED_ENDS: Final = (
     *("_values", "_element", "_packet", "_axis"),
-    *("_offset", "_shape", "_pass", "_call", "_layer", "_width"),
+    *("_offset", "_shape", "_pass", "_call", "_layer", "_width", "_run"),
 )
 
 
@@ -70,6 +71,8 @@ class Source:
         Width -> the features that a sampled capture kept.
     texts : mapping of int to str
         Token id -> text.
+    runs : Runs
+        Which log each pass is of.
     """
 
     layers: Sequence[LayerInfo]
@@ -78,6 +81,7 @@ class Source:
     packets: Packets
     features: Mapping[int, NDArray[np.uint32]]
     texts: Mapping[int, str]
+    runs: Runs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,19 +150,24 @@ class Variable:
     @property
     def chunks(self) -> tuple[int, ...]:
         """The shape of an inner chunk: one layer, all features, about 1 MiB."""
-        rows = chunk_rows(self.rows, self._row_size * self.dtype.itemsize)
+        rows = chunk_rows(self.rows, self.array_row_bytes)
         return (*(1,) * self.token_axis, rows, *self.row_shape)
 
     @property
     def shards(self) -> tuple[int, ...]:
         """The shape of a shard: one layer, whole chunks, about 64 MiB."""
-        rows = shard_rows(self.rows, self._row_size * self.dtype.itemsize)
+        rows = shard_rows(self.rows, self.array_row_bytes)
         return (*(1,) * self.token_axis, rows, *self.row_shape)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of one layer in the model's dtype."""
         return self._row_size * self.source.itemsize
+
+    @property
+    def array_row_bytes(self) -> int:
+        """Bytes of one row of one layer in the array's dtype."""
+        return self._row_size * self.dtype.itemsize
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -285,8 +294,8 @@ def plan(source: Source) -> Plan:
     aliases = merge_aliases(layers, source.packets)
     kept = [info for info in layers if info.site not in aliases]
     blocks = sorted({info.block for info in kept if info.block >= 0})
-    tables = row_tables(source.passes, names)
-    labels = row_labels(tables, source.passes, source.tokens, source.texts)
+    tables = row_tables(source.passes, names, several=source.runs.several)
+    labels = row_labels(tables, source.passes, source.tokens, source.texts, source.runs)
     labels += module_labels(blocks, layers, names)
     names.reserve("module")
     found = align(kept, source.passes, tables, source.packets)
@@ -441,12 +450,14 @@ def _ragged(names: Names, loose: Loose, source: Source) -> tuple[Ragged, tuple[C
     columns = [
         Coordinate(f"{name}_offset", packet, offsets),
         Coordinate(f"{name}_shape", (*packet, f"{name}_axis"), padded),
-        Coordinate(f"{name}_pass", packet, packets.pass_index[rows]),
+        Coordinate(f"{name}_pass", packet, source.runs.own(packets.pass_index[rows])),
         Coordinate(f"{name}_call", packet, packets.call[rows]),
         Coordinate(f"{name}_layer", packet, loose.blocks),
     ]
     if widths.any():
         columns.append(Coordinate(f"{name}_width", packet, widths))
+    if source.runs.several:
+        columns.append(Coordinate(f"{name}_run", packet, source.runs.of(packets.pass_index[rows])))
     kept = {width: source.features[width] for width in set(widths.tolist()) & {*source.features}}
     size = int(sizes.sum())
     made = Ragged(name, loose.site, kind, rows, offsets, size, loose.modules, kept)

@@ -8,7 +8,7 @@ of its own.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -24,11 +24,15 @@ from actstore.errors import ConfigError
 __all__ = [
     "EMPTY",
     "PROFILES",
+    "MismatchError",
     "Profile",
+    "applied",
     "check_profile",
     "check_shard",
     "codec_metadata",
+    "encode_chunk",
     "encode_shard",
+    "memory_of",
     "room",
     "write_shard",
 ]
@@ -39,6 +43,13 @@ EMPTY: Final = (1 << 64) - 1
 _INDEX_BYTES: Final = 16  # of a chunk: its place and its length
 _CRC: Final = struct.Struct("<I")
 _LOOKED_AT, _BEGIN = 256, 16  # rows of a shard, and elements of a row, to see whether they repeat
+_PIECE: Final = 1 << 20
+#: Chunks that are in memory besides: read, padded, encoded, decoded, and a block of the log.
+_BESIDE: Final = 8
+
+
+class MismatchError(Exception):
+    """What was encoded or written is not what it was made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,57 +136,73 @@ def codec_metadata(chunks: tuple[int, ...], dtype: np.dtype, profile: str) -> li
     ]
 
 
-def room(rows: NDArray[Any], chunk_rows: int, present: NDArray[np.bool_]) -> int:
-    """Give how much memory `encode_shard` needs."""
-    row_bytes = int(np.prod(rows.shape[1:], dtype=np.int64)) * rows.dtype.itemsize
-    chunk = chunk_rows * row_bytes + codecs.FRAME_BYTES + _CRC.size
-    return chunk * int(present.sum()) + _INDEX_BYTES * present.size + _CRC.size
+def memory_of(chunks: int, chunk_bytes: int) -> int:
+    """Give the bytes that making a shard takes, at most."""
+    return (chunks + _BESIDE) * chunk_bytes
 
 
-def encode_shard(
-    rows: NDArray[Any],
-    chunk_rows: int,
-    present: NDArray[np.bool_],
-    fill: Any,
-    profile: str,
-    out: Bytes | None = None,
-) -> Bytes:
-    """Encode the rows of one layer as a shard.
+def room(chunk_bytes: int, written: int, count: int) -> int:
+    """Give how much memory `encode_shard` needs.
 
     Parameters
     ----------
-    rows : numpy.ndarray
-        [n, *row_shape], n at most ``chunk_rows`` × the number of chunks.
+    chunk_bytes : int
+        Of an inner chunk.
+    written, count : int
+        How many of them are written, and how many there are.
+    """
+    chunk = chunk_bytes + codecs.FRAME_BYTES + _CRC.size
+    return chunk * written + _INDEX_BYTES * count + _CRC.size
+
+
+def encode_shard(
+    chunks: Iterable[tuple[int, NDArray[Any]]],
+    chunk_rows: int,
+    count: int,
+    fill: Any,
+    profile: str,
+    out: Bytes,
+) -> Bytes:
+    """Encode the rows of one layer as a shard; decode and compare each chunk.
+
+    Parameters
+    ----------
+    chunks : iterable of (int, numpy.ndarray)
+        The number of each inner chunk that is written, ascending, and its rows: [n, *row_shape],
+        n at most ``chunk_rows``. The others are empty.
     chunk_rows : int
         Rows of an inner chunk.
-    present : numpy.ndarray
-        bool: for each inner chunk of the shard whether it is written; the others are empty.
+    count : int
+        The number of inner chunks of the shard.
     fill : scalar
         The fill value, for the rows behind the last.
     profile : str
         Of the chunks: one of `PROFILES`.
-    out : numpy.ndarray, optional
-        uint8 [`room` or more]: memory for the shard, instead of fresh memory.
+    out : numpy.ndarray
+        uint8 [`room` or more]: memory for the shard.
 
     Returns
     -------
     numpy.ndarray
         uint8: the chunks and the index, a part of ``out``.
+
+    Raises
+    ------
+    MismatchError
+        Stock Blosc decodes a chunk to something else.
     """
-    if out is None:
-        out = np.empty(room(rows, chunk_rows, present), np.uint8)
-    mine = PROFILES[profile]
-    if not mine.repeats and _rows_repeat(rows):
-        mine = replace(mine, repeats=True)
-    index = np.full((present.size, 2), EMPTY, "<u8")
+    index, mine = np.full((count, 2), EMPTY, "<u8"), PROFILES[profile]
     end = 0
-    for number in np.flatnonzero(present).tolist():
-        chunk = rows[number * chunk_rows : (number + 1) * chunk_rows]
+    for number, rows in chunks:
+        if end == 0:
+            mine = applied(profile, rows)
+        chunk = rows
         if len(chunk) < chunk_rows:
-            padded = np.full((chunk_rows, *rows.shape[1:]), fill, rows.dtype)
-            padded[: len(chunk)] = chunk
-            chunk = padded
-        start, end = end, end + _encode_chunk(out[end:], np.ascontiguousarray(chunk), mine)
+            chunk = np.full((chunk_rows, *rows.shape[1:]), fill, rows.dtype)
+            chunk[: len(rows)] = rows
+        data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+        start, end = end, end + encode_chunk(out[end:], data, chunk.dtype.itemsize, mine)
+        _compare(out[start:end], data, mine)
         end = _seal(out, start, end)
         index[number] = start, end - start
     table = index.reshape(-1).view(np.uint8)
@@ -184,26 +211,44 @@ def encode_shard(
     return out[: _seal(out, start, end)]
 
 
-def _rows_repeat(rows: NDArray[Any]) -> bool:
+def applied(profile: str, rows: NDArray[Any]) -> Profile:
+    """Give a profile as it is applied to a shard that begins with these rows."""
+    mine = PROFILES[profile]
+    return replace(mine, repeats=True) if mine.cname == "zstd" and _repeat(rows) else mine
+
+
+def _repeat(rows: NDArray[Any]) -> bool:
     """Whether an eighth of the first rows were there before, by how they begin."""
-    if rows.ndim == 1 or not rows.size:
+    if rows.ndim == 1:
         return False
     begins = rows[:_LOOKED_AT].reshape(min(len(rows), _LOOKED_AT), -1)[:, :_BEGIN]
     return len({one.tobytes() for one in begins}) < 7 / 8 * len(begins)
 
 
-def _encode_chunk(out: Bytes, chunk: NDArray[Any], mine: Profile) -> int:
+def encode_chunk(out: Bytes, data: Bytes, itemsize: int, mine: Profile) -> int:
     """Encode a chunk into memory; give its length."""
-    data, itemsize = chunk.reshape(-1).view(np.uint8), chunk.dtype.itemsize
     if mine.cname == "zstd":
         return codecs.plane_split_into(out, data, itemsize, repeats=mine.repeats)
-    encoded: Any = data
+    encoded = data
     if mine.cname == "lz4":
-        encoded = np.frombuffer(
-            blosc.compress(data, b"lz4", mine.clevel, blosc.BITSHUFFLE, 0, itemsize), np.uint8
-        )
+        frame = blosc.compress(data, b"lz4", mine.clevel, blosc.BITSHUFFLE, 0, itemsize)
+        encoded = np.frombuffer(frame, np.uint8)
     out[: len(encoded)] = encoded
     return len(encoded)
+
+
+def _compare(encoded: Bytes, data: Bytes, mine: Profile) -> None:
+    """Decode a chunk by a decoder that is not ours."""
+    if not mine.cname:
+        return
+    found = codecs.scratch("decoded", data.nbytes)
+    try:
+        blosc.decompress(encoded, found)
+    except RuntimeError as error:
+        raise MismatchError(str(error)) from error
+    if not np.array_equal(found, data):
+        msg = f"a chunk of {data.nbytes} bytes decodes to others"
+        raise MismatchError(msg)
 
 
 def _seal(out: Bytes, start: int, end: int) -> int:
@@ -213,9 +258,25 @@ def _seal(out: Bytes, start: int, end: int) -> int:
 
 
 def write_shard(path: Path, shard: Bytes) -> int:
-    """Write a shard's file, durably, in a folder that no one reads yet; give its bytes."""
+    """Write a shard's file, durably, in a folder that no one reads yet; give its bytes.
+
+    Raises
+    ------
+    MismatchError
+        Other bytes are read back.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_new(path, [shard])
+    at = 0
+    with path.open("rb", buffering=0) as file:
+        piece = codecs.scratch("decoded", _PIECE)
+        while length := file.readinto(piece):
+            if not np.array_equal(piece[:length], shard[at : at + length]):
+                break
+            at += length
+        if at != shard.nbytes or file.read(1):
+            msg = f"{path} reads back other bytes than were written"
+            raise MismatchError(msg)
     return shard.nbytes
 
 

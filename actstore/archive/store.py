@@ -21,6 +21,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from actstore import files
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import GROUPS, plain_json
+from actstore.archive.reading import ShardedRows
 from actstore.archive.shards import codec_metadata
 from actstore.errors import ArchiveError, FormatError, UnsupportedVersionError
 
@@ -36,6 +37,7 @@ __all__ = [
     "read_part",
     "read_rows",
     "shard_path",
+    "sharded_rows",
 ]
 
 FORMAT: Final = "actstore"
@@ -47,16 +49,15 @@ _NO_CRC: Final = "00000000"
 
 
 class ArchiveWriter:
-    """Write a new archive into a folder that no one reads yet.
+    """Write what an archive has beside its shards into a folder that no one reads yet.
 
     Parameters
     ----------
     folder : Path
-        It must not exist.
+        It exists; shards may be there.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir()
         self.folder = folder
 
     def add_array(
@@ -245,6 +246,13 @@ def open_xarray(path: Path) -> xr.Dataset:
     """Open an archive lazily, without dask."""
     dataset: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=3)
     return dataset
+
+
+def sharded_rows(folder: Path) -> dict[str, ShardedRows]:
+    """Give what reads each array of values of an archive, where it has the form that we write."""
+    below = json.loads(_read_root(folder / "zarr.json"))["consolidated_metadata"]["metadata"]
+    found = {name: ShardedRows.of(folder / name, said) for name, said in below.items()}
+    return {name: one for name, one in found.items() if one is not None and "/" not in name}
 
 
 def read_rows(folder: Path, name: str, place: tuple[int, ...], first: int, last: int) -> Any:

@@ -43,6 +43,7 @@ __all__ = ["StreamReader", "open_stream"]
 
 #: Decoded bytes that a reader keeps: a group and the one being read.
 CACHE_BYTES: Final = 128 << 20
+_NOTHING: Final = np.zeros(0, np.uint8)
 _CODEC_DIGITS: Final = 3  # a codec's id is one byte
 _POLL_SECONDS: Final = 0.1
 _IDLE_SECONDS: Final = 1.0  # without growth, before the writer's lock is asked for
@@ -343,6 +344,30 @@ class StreamReader:
         start = int(rows.offset[row])
         block = self.block(int(rows.block[row]))
         return block[start : start + int(rows.nbytes[row])]
+
+    def piece(self, row: int, first: int, last: int) -> NDArray[np.uint8]:
+        """Give some bytes of a packet that is no alias, of one in parts too; read-only.
+
+        Parameters
+        ----------
+        row : int
+            The packet's (first) row in ``table``.
+        first, last : int
+            Which of its bytes, the latter not included.
+        """
+        rows = self.table
+        end = row + int(rows.parts[row])
+        bounds = np.concatenate(([0], np.cumsum(rows.nbytes[row:end])))
+        if last > bounds[-1] or first < 0:
+            reason = f"packet {rows.seq[row]} has {bounds[-1]} bytes, not the {last} of its shape"
+            raise self._file.corrupt(self._place(row), reason)
+        begin = max(int(np.searchsorted(bounds, first, side="right")) - 1, 0)
+        pieces = [
+            self.raw(row + part)[max(first - low, 0) : last - low]
+            for part, low in enumerate(bounds[begin:-1].tolist(), start=begin)
+            if low < last
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [_NOTHING])
 
     def resolve(self, packets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Give, for rows of the table, those that hold the bytes: an alias's target's.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.dtypes import DType
+from actstore.stream.joined import JoinedReader
 from actstore.stream.reader import StreamReader
 
 __all__ = ["ElementReader", "RowReader", "widen"]
@@ -33,8 +34,8 @@ class RowReader:
 
     Parameters
     ----------
-    reader : StreamReader
-        The log.
+    reader : StreamReader or JoinedReader
+        The log, or several.
     packet, source, start, count : numpy.ndarray
         int64 columns sorted by ``start``: rows ``start`` to ``start + count`` are rows ``source``
         on of that packet (a row of the reader's table).
@@ -46,7 +47,7 @@ class RowReader:
 
     def __init__(
         self,
-        reader: StreamReader,
+        reader: StreamReader | JoinedReader,
         columns: tuple[Integers, Integers, Integers, Integers],
         row_shape: tuple[int, ...],
         dtype: DType,
@@ -78,12 +79,12 @@ class RowReader:
     def _values(self, segment: int, skip: int, count: int) -> NDArray[Any]:
         size = count * self._row_bytes
         if self._block[segment] >= 0:
-            data = self._reader.block(int(self._block[segment]))
             begin = int(self._offset[segment]) + skip * self._row_bytes
-        else:  # in parts: the packet is put together
-            data = self._reader.values(int(self._packet[segment])).reshape(-1).view(np.uint8)
+            data = self._reader.block(int(self._block[segment]))[begin : begin + size]
+        else:
             begin = (int(self._source[segment]) + skip) * self._row_bytes
-        rows = data[begin : begin + size].view(self._dtype.numpy)
+            data = self._reader.piece(int(self._packet[segment]), begin, begin + size)
+        rows = data.view(self._dtype.numpy)
         return rows.reshape(count, *self._row_shape)
 
     def _merge(self, packet: Integers, source: Integers, start: Integers, count: Integers) -> None:
@@ -112,8 +113,8 @@ class ElementReader:
 
     Parameters
     ----------
-    reader : StreamReader
-        The log.
+    reader : StreamReader or JoinedReader
+        The log, or several.
     packets : numpy.ndarray
         int64: rows of the reader's table.
     offsets : numpy.ndarray
@@ -125,7 +126,12 @@ class ElementReader:
     """
 
     def __init__(
-        self, reader: StreamReader, packets: Integers, offsets: Integers, size: int, dtype: DType
+        self,
+        reader: StreamReader | JoinedReader,
+        packets: Integers,
+        offsets: Integers,
+        size: int,
+        dtype: DType,
     ) -> None:
         self._reader = reader
         self._packets = packets
@@ -137,10 +143,14 @@ class ElementReader:
         out = np.empty(last - first, self._dtype.array)
         begin = max(int(np.searchsorted(self._bounds, first, side="right")) - 1, 0)
         end = int(np.searchsorted(self._bounds, last, side="left"))
-        for index in range(begin, min(end, self._packets.size)):
-            low, high = max(first, self._bounds[index]), min(last, self._bounds[index + 1])
+        size = self._dtype.itemsize
+        targets = self._reader.resolve(self._packets[begin:end]).tolist()
+        for index, target in enumerate(targets, start=begin):
+            start, stop = int(self._bounds[index]), int(self._bounds[index + 1])
+            low, high = max(first, start), min(last, stop)
             if low < high:
-                values = self._reader.values(int(self._packets[index])).reshape(-1)
-                inside = values[low - self._bounds[index] : high - self._bounds[index]]
+                place = (low - start) * size, (high - start) * size
+                data = self._reader.piece(target, *place)
+                inside = data.view(self._dtype.numpy)
                 out[low - first : high - first] = widen(inside, self._dtype)
         return out

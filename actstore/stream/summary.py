@@ -5,6 +5,7 @@ No payload is read. Statistics of the values are ``actstore.analysis``'s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from actstore import dtypes
 from actstore.packet import LayerInfo
 from actstore.stream.reader import StreamReader
 
-__all__ = ["summarise", "summarise_tokens"]
+__all__ = ["summarise", "summarise_all", "summarise_tokens"]
 
 _SHAPES = 16
+_SUMS = (
+    *("packets", "total_compressed_bytes", "total_raw_bytes", "file_bytes", "passes", "tokens"),
+)
 
 
 def summarise(reader: StreamReader) -> dict[str, Any]:
@@ -60,6 +64,37 @@ def summarise(reader: StreamReader) -> dict[str, Any]:
         "complete": reader.complete,
         "summary": dict(reader.summary),
     }
+
+
+def summarise_all(readers: Sequence[StreamReader]) -> dict[str, Any]:
+    """Count packets and bytes of several logs together.
+
+    Returns
+    -------
+    dict
+        As `summarise` has it: sums; ``stream_path`` and ``compression`` of the first log,
+        ``summary`` of one alone, and no rates of several.
+    """
+    found, *others = map(summarise, readers)
+    for one in others:
+        for name in _SUMS:
+            found[name] += one[name]
+        for name, layer in one["per_layer"].items():
+            known = found["per_layer"].setdefault(name, layer)
+            if known is not layer:
+                for count in ("count", "bytes", "raw_bytes", "aliases"):
+                    known[count] += layer[count]
+                known["dtypes"] = sorted({*known["dtypes"], *layer["dtypes"]})
+                known["shapes"] += [one for one in layer["shapes"] if one not in known["shapes"]]
+                del known["shapes"][_SHAPES:]
+        found["dtypes"] = sorted({*found["dtypes"], *one["dtypes"]})
+        found["complete"] &= one["complete"]
+    if others:
+        encoded = found["total_compressed_bytes"]
+        found["compression_ratio"] = found["total_raw_bytes"] / encoded if encoded else 1.0
+        found |= {"summary": {}, "duration_seconds": None}
+        found |= {"sustained_gbps": None, "waited_seconds": None}
+    return found
 
 
 def summarise_tokens(reader: StreamReader) -> list[dict[str, Any]]:

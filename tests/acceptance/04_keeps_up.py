@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +26,7 @@ import log_throughput
 import speed_kept
 from feeding import feed
 from report import run
-from speed_kept import BLOCKS, FULL, PARTS, Case
+from speed_kept import BLOCKS, FULL, PARTS, Case, Kept
 
 from actstore.errors import ActstoreWarning
 
@@ -44,13 +46,27 @@ KEPT = {
 BUDGET, OVER = 200_000_000, 100_000_000
 
 
-def keeps(phase: str, sites: str, codecs: tuple[str, ...], least: float) -> str:
-    """Measure the speed that is kept, in both dtypes."""
+@cache
+def measured() -> list[Kept]:
+    """Measure the speed that is kept in all cases, once."""
     cases = [
-        Case("llama-1024", dtype, phase, sites, codec) for dtype in DTYPES for codec in codecs
+        Case("llama-1024", dtype, phase, sites, codec)
+        for dtype, wanted in product(DTYPES, ("prefill", "decode"))
+        for (phase, sites, codecs) in KEPT
+        if phase == wanted
+        for codec in codecs
     ]
     with tempfile.TemporaryDirectory(dir=Path()) as folder:
-        found = speed_kept.measure(cases, Path(folder), ROUNDS)
+        return speed_kept.measure(cases, Path(folder), ROUNDS)
+
+
+def keeps(phase: str, sites: str, codecs: tuple[str, ...], least: float) -> str:
+    """Look at the speed that is kept, in both dtypes."""
+    found = [
+        one
+        for one in measured()
+        if (one.case.phase, one.case.sites) == (phase, sites) and one.case.codec in codecs
+    ]
     said = "; ".join(
         f"{one.case.dtype} {one.case.codec} {median(one.drained):.3f} "
         f"(control {median(one.control):.3f} ± {max(abs(x - 1) for x in one.control):.2f})"
@@ -189,7 +205,9 @@ def main() -> int:
         "memory stays within the budget and 100 MB": stays_in_memory,
         "a packet costs the same in a long run": stays_constant,
     }
-    return run("Part 4: capture that keeps up with the model", checks)
+    failed = run("Part 4: capture that keeps up with the model", checks)
+    print(f"\n{speed_kept.HEAD}", *map(speed_kept.row, measured()), sep="\n")
+    return failed
 
 
 if __name__ == "__main__":

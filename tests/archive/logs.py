@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import codecs, dtypes
+from actstore.archive import shards
 from actstore.packet import Axis, LayerInfo, PassInfo, TokenRecord
 from actstore.stream.records import Block, Features, Layer, Opcode, Pass, Record, Run, Text, Token
 from actstore.stream.writer import CommitPoint, StreamWriter
@@ -59,7 +60,12 @@ class LogBuilder:
     """
 
     def __init__(
-        self, path: Path, *, compression: str = "zstd", capture: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        *,
+        compression: str = "zstd",
+        capture: Mapping[str, Any] | None = None,
+        run: str = "00000000-0000-4000-8000-000000000000",
     ) -> None:
         self.path = path
         self.fired: list[Fired] = []
@@ -71,7 +77,7 @@ class LogBuilder:
         self._writer.__enter__()
         self._writer.start(
             {
-                "run_id": "00000000-0000-4000-8000-000000000000",
+                "run_id": run,
                 "writer": {"name": "test", "version": "0"},
                 "created": "2026-01-01T00:00:00.000+00:00",
                 "models": [],
@@ -187,6 +193,19 @@ class LogBuilder:
         self._group.append(Record.of(Opcode.BLOCK, block.encode(), payload))
 
 
+def encode_rows(
+    rows: NDArray[Any], chunk_rows: int, present: NDArray[np.bool_], fill: Any, profile: str
+) -> NDArray[np.uint8]:
+    """Encode rows as a shard, of the chunks that are present."""
+    chunks = (
+        (one, rows[one * chunk_rows : (one + 1) * chunk_rows])
+        for one in np.flatnonzero(present).tolist()
+    )
+    count = present.size
+    out = np.empty(shards.room(chunk_rows * rows[:1].nbytes, count, count), np.uint8)
+    return shards.encode_shard(chunks, chunk_rows, count, fill, profile, out)
+
+
 def random_values(shape: Sequence[int], dtype: str = "float32", *, seed: int = 0) -> NDArray[Any]:
     """Give values of a dtype of the formats, from random bits: NaNs and infinities included."""
     kind = dtypes.from_name(dtype)
@@ -209,9 +228,10 @@ def decoder_log(
     dtype: str = "bfloat16",
     compression: str = "zstd",
     finish: bool = True,
+    run: str = "00000000-0000-4000-8000-000000000000",
 ) -> LogBuilder:
     """Write the log of a decoder that reads a prompt and generates; ``fired`` is the oracle."""
-    log = LogBuilder(path, compression=compression)
+    log = LogBuilder(path, compression=compression, run=run)
     log.layer("model.embed_tokens", "embed")
     for block in range(blocks):
         log.layer(f"model.layers.{block}.mlp", "mlp", block)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import readers
-from logs import LogBuilder, axis, random_values
+from logs import LogBuilder, axis, encode_rows, random_values
 from numpy.typing import NDArray
 
 from actstore import codecs, dtypes
@@ -153,7 +153,7 @@ def write(writer: ArchiveWriter, name: str, rows: NDArray[Any], shape: str, prof
     for number, first in enumerate(range(0, len(rows), shard)):
         mine = rows[first : first + shard]
         present = np.arange(shard // chunk) * chunk < len(mine)
-        encoded = shards.encode_shard(mine, chunk, present, 0, profile)
+        encoded = encode_rows(mine, chunk, present, 0, profile)
         shards.write_shard(shard_path(writer.folder, name, (number, *(0,) * len(row))), encoded)
 
 
@@ -161,6 +161,7 @@ def write(writer: ArchiveWriter, name: str, rows: NDArray[Any], shape: str, prof
 def arrays(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Give an archive of arrays of every dtype, shape and profile, and what must be read."""
     folder, wanted = tmp_path_factory.mktemp("arrays") / "a.zarr", {}
+    folder.mkdir()
     writer = ArchiveWriter(folder)
     natives = sorted({kind.array.name for kind in dtypes.BY_CODE.values()})
     for dtype in natives:

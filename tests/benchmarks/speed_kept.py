@@ -3,10 +3,10 @@
 Run by ``.venv/bin/python tests/benchmarks/speed_kept.py``; ``--cases`` takes some of them
 (``prefill``, ``bfloat16 decode zstd``), ``--rounds`` and ``--folder`` the rest. A Llama of random
 weights (d = 1024, 8 blocks) and the shipped one, un-instrumented and captured in turn: a ratio is
-of the tokens a second of a round's captured half to those of the plain runs before and after it,
-and the table has the median over the rounds. "drained" counts the whole ``with``, from opening
-the log until everything is durable; "passes" only the forwards. The control is a plain run in
-place of the captured one: what it is off from 1 is the noise.
+of the tokens a second of a captured run to those of the plain runs before and after it, and the
+table has the median over the rounds. "drained" counts the whole ``with``, from opening the log
+until everything is durable; "passes" only the forwards. The control is the plain run after to
+that before: what it is off from 1 is the noise.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ SITES: dict[str, list[str] | None] = {
     FULL: None,
 }
 CODECS = ("none", "lz4", "zstd")
+HEAD = (
+    "| model | phase | captured | codec | drained | passes | control | tokens/s | MB | GB/s "
+    "| waited s |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
 @dataclass(frozen=True)
@@ -141,31 +145,36 @@ def capturing(model: Any, case: Case) -> Any:
     return framework
 
 
-def round_of(model: Any, kept: Kept, folder: Path, times: int) -> None:
-    """Run plain, captured, plain, plain; note the ratios."""
-    case = kept.case
-    run, passes = PHASES[case.phase]
-    passes *= times
+def captured(model: Any, kept: Kept, folder: Path, times: int) -> tuple[float, float]:
+    """Run captured; give tokens a second, drained and of the passes alone."""
+    run, passes = PHASES[kept.case.phase]
     log = folder / "run.stream"
+    began = time.perf_counter()
+    with kept.framework.capture_activations(str(log)):
+        tokens, seconds = run(model, passes * times)
+    drained = tokens / (time.perf_counter() - began)
+    kept.summary = dict(kept.framework.summary)
+    log.unlink()
+    return drained, tokens / seconds
+
+
+def round_of(model: Any, mine: Sequence[Kept], folder: Path, times: int) -> None:
+    """Run plain, captured, plain, captured, …, plain; note the ratios."""
+    run, passes = PHASES[mine[0].case.phase]
 
     def plain() -> float:
-        tokens, seconds = run(model, passes)
+        tokens, seconds = run(model, passes * times)
         return tokens / seconds
 
     before = plain()
-    began = time.perf_counter()
-    with kept.framework.capture_activations(str(log)):
-        tokens, seconds = run(model, passes)
-    drained = tokens / (time.perf_counter() - began)
-    after = plain()
-    again = plain()
-    kept.drained.append(2 * drained / (before + after))
-    kept.passes.append(2 * tokens / seconds / (before + after))
-    kept.control.append(2 * after / (before + again))
-    kept.tokens = max(kept.tokens, before, after)
-    with actstore.open_stream(log) as reader:
-        kept.summary = dict(reader.summary)
-    log.unlink()
+    for kept in mine:
+        drained, alone = captured(model, kept, folder, times)
+        after = plain()
+        kept.drained.append(2 * drained / (before + after))
+        kept.passes.append(2 * alone / (before + after))
+        kept.control.append(after / before)
+        kept.tokens = max(kept.tokens, before, after)
+        before = after
 
 
 def measure(chosen: Sequence[Case], folder: Path, rounds: int) -> list[Kept]:
@@ -180,12 +189,9 @@ def measure(chosen: Sequence[Case], folder: Path, rounds: int) -> list[Kept]:
         PHASES[phase][0](model, 4)
         for kept in mine:  # what is imported and compiled once is in no round
             kept.framework = capturing(model, kept.case)
-            with kept.framework.capture_activations(str(folder / "warm.stream")):
-                PHASES[phase][0](model, PHASES[phase][1] * times)
-            (folder / "warm.stream").unlink()
+            captured(model, kept, folder, times)
         for number in range(rounds):
-            for kept in mine:
-                round_of(model, kept, folder, times)
+            round_of(model, mine, folder, times)
             print(f"{name} {dtype} {phase}: round {number + 1}", file=sys.stderr, flush=True)
     return found
 
@@ -218,11 +224,7 @@ def main(argv: Sequence[str]) -> None:
         warnings.simplefilter("ignore", ActstoreWarning)
         found = measure(chosen, Path(folder), given.rounds)
     print(f"{machine()}; {torch.get_num_threads()} torch threads\n")
-    print(
-        "| model | phase | captured | codec | drained | passes | control | tokens/s | MB | GB/s "
-        "| waited s |\n|---|---|---|---|---|---|---|---|---|---|---|"
-    )
-    print("\n".join(map(row, found)))
+    print(HEAD, *map(row, found), sep="\n")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_a_dataset_over_it_goes_to_other_processes() -> None:
 
 def test_xarray_finds_out_by_itself_who_opens_it() -> None:
     with xr.open_dataset(named("zstd.stream")) as dataset:
-        assert dataset.attrs["run"]["writer"]["name"] == "llm-instrumentation"
+        assert dataset.attrs["runs"][0]["writer"]["name"] == "llm-instrumentation"
 
 
 @by_codec

@@ -1,0 +1,535 @@
+"""Owns the accessor ``dataset.actstore``: rows by their tokens, layers by their names.
+
+It goes by a dataset's variables, coordinates and attributes alone, whoever opened it. How values
+are read is ``dataset.py``'s, ``stream.rows``'s and zarr's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from actstore import hook_names
+from actstore.archive.coordinates import ROW_LABELS
+from actstore.errors import ConfigError
+
+__all__ = ["ActstoreAccessor", "remember_lazy"]
+
+#: What a dask array keeps the lazy variable under that it reads from, and its own name then.
+_LAZY: Final = "_actstore_lazy"
+
+
+@xr.register_dataset_accessor("actstore")  # type: ignore[no-untyped-call]
+class ActstoreAccessor:
+    """Rows and layers of a log's or an archive's dataset, by what they are.
+
+    What chooses rows reads their labels, and gives a dataset of those rows that is as lazy as it
+    was; so these can be chained. Of its values only the chunks that hold a chosen row are read,
+    when they are asked for. With dask this holds where the variables still are as they were
+    opened or chosen: choose rows before slicing or computing with them. Variables that don't have
+    the token axis, ragged ones among them, stay whole.
+
+    ``dim`` is the token axis. It can be left out where there is one; an encoder-decoder has
+    ``encoder_token`` and ``decoder_token``. Where it is no token axis, or is left out and there
+    are several, all of these raise `ConfigError`.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        As `actstore.open_dataset` gives it, or ``xarray.open_zarr`` of an archive.
+    """
+
+    def __init__(self, dataset: xr.Dataset) -> None:
+        self._dataset = dataset
+
+    def tokens(
+        self, wanted: str | int | Iterable[str | int], *, dim: str | None = None
+    ) -> xr.Dataset:
+        """Choose the rows whose input token is one of these.
+
+        Parameters
+        ----------
+        wanted : str, int, or iterable of them
+            Texts, and ids. A text also means itself behind a space, the form that it has within a
+            sentence: ``"Paris"`` finds ``"Paris"`` and ``" Paris"``; ``" Paris"`` only itself. So
+            does ``where(token_text="Paris")``.
+        dim : str, optional
+            The token axis.
+
+        Raises
+        ------
+        ConfigError
+            Something wanted is neither a text nor an integer.
+        """
+        axis = self._axis(dim)
+        texts, ids = _texts_and_ids(wanted)
+        chosen = np.zeros(axis.rows, np.bool_)
+        if texts:
+            chosen |= _matches(axis.label("token_text"), texts)
+        if ids:
+            chosen |= _matches(axis.label("token_id"), ids)
+        return axis.take(np.flatnonzero(chosen))
+
+    def steps(
+        self, selection: int | slice | Iterable[int] | None = None, *, dim: str | None = None
+    ) -> xr.Dataset:
+        """Choose the rows that predicted a recorded token, in the order of the steps.
+
+        Parameters
+        ----------
+        selection : int, slice or iterable of int, optional
+            Which steps, whatever their order here; all if it isn't given. A slice counts as in
+            Python: ``slice(-5, None)`` is the last five.
+        dim : str, optional
+            The token axis.
+
+        Raises
+        ------
+        ConfigError
+            The selection is none of these.
+        """
+        axis = self._axis(dim)
+        steps = axis.label("step").to_numpy()
+        rows = np.flatnonzero(steps >= 0)
+        rows = rows[np.argsort(steps[rows], kind="stable")]
+        if selection is not None:
+            wanted = _step_numbers(selection, int(steps.max(initial=-1)) + 1)
+            rows = rows[np.isin(steps[rows], wanted)]
+        return axis.take(rows)
+
+    def last_positions(self, *, dim: str | None = None) -> xr.Dataset:
+        """Choose the last row of each batch item in each pass that is not padding.
+
+        Parameters
+        ----------
+        dim : str, optional
+            The token axis.
+        """
+        axis = self._axis(dim)
+        real = ~axis.label("is_padding").to_numpy()
+        items = ["run"] if "run" in axis else []  # of several logs, passes count by themselves
+        table = pd.DataFrame(
+            {one: axis.label(one)[real] for one in (*items, "pass_index", "batch_item")}
+        )
+        return axis.take(table.drop_duplicates(keep="last").index.to_numpy())
+
+    def sequence(self, pass_index: int, item: int = 0, *, dim: str | None = None) -> xr.Dataset:
+        """Choose the rows of one batch item of one pass, padding included.
+
+        Parameters
+        ----------
+        pass_index, item : int
+            The pass, and the batch item, both from 0.
+        dim : str, optional
+            The token axis.
+
+        Raises
+        ------
+        ConfigError
+            There are no such rows.
+        """
+        axis = self._axis(dim)
+        passes, items = axis.label("pass_index"), axis.label("batch_item")
+        rows = np.flatnonzero((passes == pass_index) & (items == item))
+        if not rows.size:
+            found = f"passes {passes.min()} to {passes.max()}" if axis.rows else "no rows at all"
+            msg = (
+                f"there are no rows of pass {pass_index!r}, batch item {item!r} on {axis.dim!r}, "
+                f"which has {found}; actstore.table() has the pass_index and batch_item of each"
+            )
+            raise ConfigError(msg)
+        return axis.take(rows)
+
+    def drop_padding(self, *, dim: str | None = None) -> xr.Dataset:
+        """Choose the rows that are not padding.
+
+        Parameters
+        ----------
+        dim : str, optional
+            The token axis.
+        """
+        axis = self._axis(dim)
+        return axis.take(np.flatnonzero(~axis.label("is_padding").to_numpy()))
+
+    def where(
+        self, labels: Mapping[str, Any] | None = None, /, *, dim: str | None = None, **more: Any
+    ) -> xr.Dataset:
+        """Choose the rows whose labels, annotations among them, are as told; all of them hold.
+
+        Parameters
+        ----------
+        labels : mapping, optional
+            Label -> what it must be, for those whose names are no keywords, or ``dim``.
+        dim : str, optional
+            The token axis. Labels say their axis by themselves where they are named in full:
+            ``decoder_position``.
+        **more
+            Label -> a value that it must be equal to; a list or array of values of which it must
+            be one; or a function that is given the column, a `pandas.Series`, and gives a bool
+            for each row: ``where(token_text=lambda text: text.str.startswith(" P"))``.
+
+        Raises
+        ------
+        ConfigError
+            There is no such label, or a function gives something else.
+        """
+        chosen: dict[str, tuple[_TokenAxis, NDArray[np.bool_]]] = {}
+        for label, wanted in {**(labels or {}), **more}.items():
+            axis = self._axis_of_label(label, dim)
+            found = _matches(axis.label(label), wanted)
+            _, before = chosen.get(axis.dim, (axis, np.ones(axis.rows, np.bool_)))
+            chosen[axis.dim] = axis, before & found
+        dataset = self._dataset
+        for axis, mask in chosen.values():
+            dataset = _take(dataset, axis.dim, np.flatnonzero(mask))
+        return dataset
+
+    def table(self, *, dim: str | None = None) -> pd.DataFrame:
+        """Give the labels of the rows as a table, without reading any value.
+
+        Parameters
+        ----------
+        dim : str, optional
+            The token axis.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row for each row of the axis, whose index is its place there; a column for each
+            label. Text is of dtype object, or whatever pandas holds text in.
+        """
+        axis = self._axis(dim)
+        table = pd.DataFrame({name: axis.label(name) for name in axis.names})
+        return table.rename_axis(index=axis.dim)
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """The names of the layers that have rows, and the variable that holds each."""
+        found: dict[str, str] = {}
+        for one in _layers(self._dataset):
+            found.setdefault(one.name, one.variable)
+        return found
+
+    def layer(self, name: str, *, dim: str | None = None) -> xr.DataArray:
+        """Give the rows of one layer.
+
+        Parameters
+        ----------
+        name : str
+            The layer's own (``model.layers.3.mlp``), TransformerLens' (``blocks.3.hook_mlp_out``),
+            or the site of a layer outside of blocks (``final_norm``). A layer that isn't stored,
+            since its site is an alias, is found by its name if the site is a dotted path, or by
+            TransformerLens'.
+        dim : str, optional
+            The token axis, of a layer that has rows on both (the embedding of an
+            encoder-decoder).
+
+        Returns
+        -------
+        xarray.DataArray
+            (token, feature) for most; without the dimension ``layer``, whose coordinates stay as
+            scalars. Of a layer that is in several variables (it is called twice in a pass, or
+            changes its dtype or width), that with the site's own name.
+
+        Raises
+        ------
+        ConfigError
+            There is no such layer, it has no rows, or it has rows on several axes and ``dim`` is
+            left out.
+        """
+        dataset = self._dataset
+        layers = _layers(dataset)
+        meant = _sites_meant(name, dataset.attrs.get("aliases", {}))
+        held = [one for one in layers if one.name == name]
+        held = held or [one for one in layers if (one.site, one.block) in meant]
+        if dim is not None:
+            held = [one for one in held if one.axis == self._axis(dim).dim]
+        if not held:
+            raise ConfigError(_no_layer(dataset, name, list(self.layers)))
+        axes = dict.fromkeys(one.axis for one in held)
+        if len(axes) > 1:
+            msg = f"{name!r} has rows on {', '.join(map(repr, axes))}; say on which with dim"
+            raise ConfigError(msg)
+        found = held[0]
+        array = dataset[found.variable]
+        rows = array.isel(layer=found.place) if "layer" in array.dims else array
+        return rows.assign_attrs(modules=[found.name])
+
+    def _axis(self, dim: str | None) -> _TokenAxis:
+        axes = _token_axes(self._dataset)
+        if dim is None and len(axes) == 1:
+            return next(iter(axes.values()))
+        if dim is None or dim not in axes:
+            raise ConfigError(_no_axis(self._dataset, axes, dim))
+        return axes[dim]
+
+    def _axis_of_label(self, label: str, dim: str | None) -> _TokenAxis:
+        """Give the token axis that a label is on, by ``dim`` or by its full name."""
+        axes = _token_axes(self._dataset)
+        if dim is not None or not axes:
+            axes = {str(dim): self._axis(dim)}
+        found = [axis for axis in axes.values() if label in axis]
+        if len(found) > 1:
+            raise ConfigError(_no_axis(self._dataset, axes, dim))
+        if not found:
+            names = [name for axis in axes.values() for name in axis.names]
+            msg = f"no label {label!r} on {', '.join(map(repr, axes))}; {_instead(label, names)}"
+            raise ConfigError(msg)
+        return found[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _TokenAxis:
+    """A token axis of a dataset: what its labels' names begin with, and all of these names."""
+
+    dataset: xr.Dataset
+    dim: str
+    prefix: str
+    names: tuple[str, ...]
+
+    def __contains__(self, label: str) -> bool:
+        return self.prefix + label in self.names or label in self.names
+
+    @property
+    def rows(self) -> int:
+        return self.dataset.sizes[self.dim]
+
+    def label(self, label: str) -> pd.Series:
+        """Read a label, by its name with the prefix or without."""
+        full = self.prefix + label
+        values = self.dataset.variables[full if full in self.names else label].values
+        # pandas has no dtype for NumPy's strings
+        return pd.Series(values.astype(object) if values.dtype.kind == "T" else values)
+
+    def take(self, rows: NDArray[np.int64]) -> xr.Dataset:
+        """Give the dataset with these rows."""
+        return _take(self.dataset, self.dim, rows)
+
+
+def _token_axes(dataset: xr.Dataset) -> dict[str, _TokenAxis]:
+    """Find the token axes: the dimensions whose rows have a pass."""
+    labels: dict[str, list[str]] = {}
+    for name in dataset.coords:
+        dims = dataset.variables[name].dims
+        if len(dims) == 1 and name != dims[0]:
+            labels.setdefault(str(dims[0]), []).append(str(name))
+    axes = {}
+    for dim, names in labels.items():
+        passes = [one for one in names if f"_{one}".endswith("_pass_index")]
+        if passes:
+            prefix = min(passes, key=len).removesuffix("pass_index")
+            known = [prefix + one for one in ROW_LABELS if prefix + one in names]
+            axes[dim] = _TokenAxis(dataset, dim, prefix, tuple(dict.fromkeys(known + names)))
+    return axes
+
+
+# -- rows ---------------------------------------------------------------------------------------
+
+
+def remember_lazy(chunked: xr.Dataset, lazy: xr.Dataset) -> xr.Dataset:
+    """Let the dask arrays of a dataset know the lazy variables that they read.
+
+    Dask reads whole chunks of its own, of about 64 MiB, however few rows are picked out of them;
+    rows picked from the lazy variable cost only the chunks that they are in.
+    """
+    for name, variable in chunked.variables.items():
+        beneath = lazy.variables[name]
+        if variable.chunks is not None and beneath.chunks is None:
+            setattr(variable.data, _LAZY, (variable.data.name, beneath))
+    return chunked
+
+
+def _lazy_beneath(variable: xr.Variable) -> xr.Variable | None:
+    """Give the lazy variable that a dask array reads, if it is still as it was opened."""
+    if variable.chunks is None:
+        return None
+    name, lazy = getattr(variable.data, _LAZY, (None, None))
+    # assigning to a part of a dask array changes its name
+    if lazy is None or name != variable.data.name or lazy.dims != variable.dims:
+        return None
+    found: xr.Variable = lazy.copy(deep=False)
+    found.attrs, found.encoding = variable.attrs, variable.encoding
+    return found
+
+
+def _take(dataset: xr.Dataset, dim: str, rows: NDArray[np.int64]) -> xr.Dataset:
+    """Pick rows of one dimension; what dask reads is picked first and then chunked as it was."""
+    beneath = {
+        name: lazy
+        for name, variable in dataset.variables.items()
+        if dim in variable.dims and (lazy := _lazy_beneath(variable)) is not None
+    }
+    chosen = dataset.assign(beneath).isel({dim: _index(rows)})
+    chunked = {
+        name: chosen.variables[name].chunk(
+            {dim: sizes[0] for dim, sizes in dataset.variables[name].chunksizes.items()}
+        )
+        for name in beneath
+    }
+    return remember_lazy(chosen.assign(chunked), chosen)
+
+
+def _index(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Give rows that follow each other as a slice, which every array picks without copying."""
+    if not rows.size:
+        return slice(0, 0)
+    if np.all(np.diff(rows) == 1):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
+def _texts_and_ids(wanted: Any) -> tuple[list[str], list[int]]:
+    texts, ids = [], []
+    for one in wanted if pd.api.types.is_list_like(wanted) else [wanted]:
+        if isinstance(one, str):
+            texts.append(one)
+            if one and not one[0].isspace():
+                texts.append(f" {one}")
+        else:
+            ids.append(_integer(one, "a token is a text, or an integer, its id"))
+    return texts, ids
+
+
+def _step_numbers(selection: Any, count: int) -> list[int]:
+    if isinstance(selection, slice):
+        return list(range(*selection.indices(count)))
+    wanted = selection if pd.api.types.is_list_like(selection) else [selection]
+    return [_integer(one, "steps are chosen by an integer, a slice or integers") for one in wanted]
+
+
+def _integer(value: Any, wanted: str) -> int:
+    with suppress(TypeError):
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    msg = f"{wanted}; got {value!r}"
+    raise ConfigError(msg)
+
+
+def _matches(column: pd.Series, wanted: Any) -> NDArray[np.bool_]:
+    """Tell which values of a column are equal to a value, in a list, or satisfy a function."""
+    if not callable(wanted):
+        values = list(wanted) if pd.api.types.is_list_like(wanted) else [wanted]
+        return np.asarray(column.isin(values))
+    found = np.asarray(wanted(column))
+    if found.shape != column.shape or found.dtype != np.bool_:
+        msg = (
+            f"the function for a label must give a bool for each of its {column.size} values; "
+            f"got {found.dtype} of shape {found.shape}: it is given all of them, as a Series"
+        )
+        raise ConfigError(msg)
+    return found
+
+
+# -- layers -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer of a dataset: where its rows are, its place on ``layer``, and its block or -1."""
+
+    name: str
+    variable: str
+    axis: str
+    site: str
+    place: int
+    block: int
+
+
+def _layers(dataset: xr.Dataset) -> list[_Layer]:
+    """Find the layers that have rows; first in the variable that has the shortest name."""
+    found, axes = [], _token_axes(dataset)
+    for name in sorted(map(str, dataset.data_vars), key=len):
+        variable = dataset.variables[name]
+        modules, site = variable.attrs.get("modules"), str(variable.attrs.get("site"))
+        if not isinstance(modules, list | tuple):  # of ragged values it is a mapping
+            continue
+        axis = next((str(dim) for dim in variable.dims if dim in axes), "")
+        if "layer" not in variable.dims and len(modules) == 1:
+            found.append(_Layer(modules[0], name, axis, site, 0, -1))
+            continue
+        blocks = np.atleast_1d(dataset["layer"].values)
+        for place, module in enumerate(_modules_left(dataset, modules, blocks)):
+            if module:
+                found.append(_Layer(module, name, axis, site, place, int(blocks[place])))
+    return found
+
+
+def _modules_left(
+    dataset: xr.Dataset, modules: Sequence[str], blocks: NDArray[np.int64]
+) -> Sequence[str]:
+    """Give the modules of the places on ``layer`` that the dataset still has; "" for none."""
+    if len(blocks) == len(modules) and np.all(np.diff(blocks) > 0):
+        return modules
+    found = [""] * len(blocks)
+    for label in dataset.coords:  # places were chosen: a module is known by that of its block
+        if str(label).endswith("module") and dataset[label].dims in ((), ("layer",)):
+            for place, head in enumerate(np.atleast_1d(dataset[label].values).tolist()):
+                inside = (one for one in modules if _is_within(one, head))
+                found[place] = next(inside, found[place])
+    return found
+
+
+def _is_within(module: str, head: str) -> bool:
+    """Whether a layer is a module, is inside it, or is another of its tensors (``name@in``)."""
+    return bool(head) and module.startswith(head) and module[len(head) :][:1] in ("", *".@#")
+
+
+def _sites_meant(name: str, aliases: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Give the stored sites, and blocks or -1, that a name of no stored layer can mean."""
+    named = hook_names.parse(name)
+    if named is not None:
+        site, block = named
+        return [] if block is None else [(aliases.get(site, site), block)]
+    site = name or "output"  # the root's
+    found = [(aliases.get(site, site), -1)]
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        site = ".".join(parts[:place] + parts[place + 1 :])
+        if part.isdecimal() and site in aliases:
+            found.append((aliases[site], int(part)))
+    return found
+
+
+# -- what to say --------------------------------------------------------------------------------
+
+
+def _no_axis(dataset: xr.Dataset, axes: Iterable[str], dim: str | None) -> str:
+    """Say what ``dim`` must be."""
+    names = ", ".join(map(repr, axes))
+    if not names:
+        dims = ", ".join(map(repr, dataset.sizes))
+        return f"this dataset has no token axis, a dimension with pass_index; it has {dims}"
+    return f"dim must be one of the token axes, {names}; got {dim!r}"
+
+
+def _no_layer(dataset: xr.Dataset, name: str, known: list[str]) -> str:
+    """Say where a layer is instead, or which are near."""
+    if "*" in name:
+        return (
+            f"layer takes the name of one layer; got {name!r}: take a variable for all of a site"
+        )
+    for variable in map(str, dataset.data_vars):
+        modules = dataset.variables[variable].attrs.get("modules")
+        if isinstance(modules, Mapping) and name in modules.values():
+            stem = variable.removesuffix("_values")
+            return (
+                f"the outputs of {name!r} are no rows of a token axis: they are one after the "
+                f"other in {variable!r}, beginning at {stem}_offset, with {stem}_shape"
+            )
+    return f"no layer {name!r}; {_instead(name, known)}; actstore.layers has all {len(known)}"
+
+
+def _instead(name: str, known: list[str]) -> str:
+    """Say which names are near, or some that there are."""
+    near = get_close_matches(name, known, n=5)
+    said = ", ".join(map(repr, near or known[:5])) or "none"
+    return f"near are {said}" if near else f"there are {said}{', …' if len(known) > 5 else ''}"

@@ -1,0 +1,161 @@
+"""Owns what is finished of an archive that is being made, so that a killed compaction goes on.
+
+The archive is made in a folder that no reader looks at; beside it stands the journal: a line that
+says of what, then one for each shard that is written, verified and on the disk. Whoever makes the
+archive holds the journal's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from actstore import files
+from actstore.errors import ActstoreError, ArchiveError
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """The folder of an archive that is being made, and what is finished in it.
+
+    A context manager that holds the lock. Where it is left by an error of ours, for what is wrong
+    with the log or was written wrong, both are removed. Else both stay, for the next who comes
+    with the same ``making``, until the archive is finished.
+
+    Parameters
+    ----------
+    target : Path
+        What the archive will be called.
+    making : str
+        What it is made of, and how: another one begins anew.
+
+    Attributes
+    ----------
+    folder : Path
+        Where the archive is made.
+    created : str
+        When that began, in UTC.
+    done : dict of str to int
+        File of a finished shard, within the folder -> its bytes.
+
+    Raises
+    ------
+    ArchiveError
+        Another process is making this archive.
+    """
+
+    def __init__(self, target: Path, making: str, now: str) -> None:
+        self.folder = target.with_name(f".{target.name}.partial")
+        self.path = target.with_name(f".{target.name}.journal")
+        self.created = now
+        self.done: dict[str, int] = {}
+        self._target = target
+        self._making = making
+        self._descriptor = -1
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._take()
+        try:
+            self._check_target()
+            if not self._resume():
+                self._begin()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, ActstoreError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.path.unlink()
+        self._close()
+
+    def add(self, name: str, nbytes: int) -> None:
+        """Note that a shard is finished: on the disk, under its name."""
+        with self._lock:
+            self._write({"shard": name, "bytes": nbytes})
+            self.done[name] = nbytes
+
+    def finish(self) -> None:
+        """Give the archive its name."""
+        files.replace(self.folder, self._target)
+        self.path.unlink()
+
+    def _take(self) -> None:
+        """Open the journal and take its lock; it may be removed in between."""
+        while True:
+            self._descriptor = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND
+            )
+            try:
+                files.lock(self._descriptor, self.path)
+            except files.LockedError as error:
+                self._close()
+                msg = f"another compaction is making {self._target}; wait for it to end"
+                raise ArchiveError(msg) from error
+            if self.path.exists() and os.path.samestat(
+                os.fstat(self._descriptor), self.path.stat()
+            ):
+                return
+            self._close()
+
+    def _check_target(self) -> None:
+        if os.path.lexists(self._target):
+            msg = f"{self._target} exists by now, and is not overwritten; give another name"
+            raise ArchiveError(msg)
+
+    def _resume(self) -> bool:
+        """Read what is finished, and remove all else; False where there is nothing to go on."""
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # a line that was cut is none
+        try:
+            begun, *shards = (json.loads(line) for line in lines)
+            if begun["making"] != self._making or not self.folder.is_dir():
+                return False
+            done = {one["shard"]: one["bytes"] for one in shards}
+        except (ValueError, KeyError, TypeError):
+            return False
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif done.get(name) != path.stat().st_size:
+                path.unlink()
+                done.pop(name, None)
+            else:
+                self.done[name] = done[name]
+        self.created = begun["created"]
+        os.ftruncate(self._descriptor, sum(len(line) + 1 for line in lines))
+        return True
+
+    def _begin(self) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        os.ftruncate(self._descriptor, 0)
+        self._write({"making": self._making, "created": self.created})
+        files.fsync_folder(self.path.parent)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        data = json.dumps(line).encode() + b"\n"
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        os.fdatasync(self._descriptor)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)

@@ -1,0 +1,273 @@
+"""Owns reading rows of an archive's arrays of values, straight from the files of their shards.
+
+Only the chunks that are needed are read, and decoded to where they are wanted, by threads. An
+array of another form than compaction writes is none of its business: zarr-python reads that.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+import crc32c as castagnoli
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore import codecs
+from actstore.archive.shards import EMPTY
+from actstore.errors import ArchiveError, FormatError
+
+__all__ = ["ShardedRows"]
+
+Integers = NDArray[np.int64]
+_CRC: Final = struct.Struct("<I")
+_INDICES: Final = 4096  # shards whose index is kept
+_ALONE: Final = 4  # chunks that are not worth threads
+
+
+class _Wanted(NamedTuple):
+    """Rows of one chunk, and where they go."""
+
+    chunk: int
+    within: Integers
+    target: Integers
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """How an array is stored, by its metadata; rows are cut, layers stand apart."""
+
+    shape: tuple[int, ...]
+    shard: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: np.dtype
+    fill: Any
+    order: tuple[int, ...] | None
+    config: Mapping[str, Any] | None
+    axis: int
+
+    @classmethod
+    def parse(cls, said: Mapping[str, Any]) -> Self | None:
+        """Read metadata; None where it is not of the form that compaction writes."""
+        try:
+            (sharding,) = said["codecs"]
+            inner = sharding["configuration"]
+            names = [one["name"] for one in inner["codecs"]]
+            order = None
+            if names[0] == "transpose":
+                order = tuple(inner["codecs"][0]["configuration"]["order"])
+                names = names[1:]
+            plain = names in (["bytes", "crc32c"], ["bytes", "blosc", "crc32c"])
+            ends = inner.get("index_location", "end") == "end"
+            index = [one["name"] for one in inner["index_codecs"]]
+            if sharding["name"] != "sharding_indexed" or not plain or not ends:
+                return None
+            if index != ["bytes", "crc32c"]:
+                return None
+            dtype = np.dtype(said["data_type"])
+            found = cls(
+                tuple(said["shape"]),
+                tuple(said["chunk_grid"]["configuration"]["chunk_shape"]),
+                tuple(inner["chunk_shape"]),
+                dtype,
+                _fill(said["fill_value"], dtype),
+                order,
+                {"id": "blosc"} if "blosc" in names else None,
+                int(said["dimension_names"][0] == "layer"),
+            )
+            return found if found._regular() else None
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+
+    def _regular(self) -> bool:
+        axis = self.axis
+        whole = all(
+            cut[axis + 1 :] == self.shape[axis + 1 :] and cut[:axis] == (1,) * axis
+            for cut in (self.shard, self.chunk)
+        )
+        known = self.order is None or sorted(self.order) == list(range(len(self.shape)))
+        return whole and known and min(self.shape) > 0 and self.shard[axis] % self.chunk[axis] == 0
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.shape[self.axis + 1 :]
+
+    @property
+    def chunk_bytes(self) -> int:
+        return int(np.prod(self.chunk, dtype=np.int64)) * self.dtype.itemsize
+
+
+def _fill(said: Any, dtype: np.dtype) -> Any:
+    if dtype.kind == "c":
+        return complex(float(said[0]), float(said[1]))
+    return dtype.type(float(said) if dtype.kind == "f" else said)
+
+
+class ShardedRows:
+    """The rows of a sharded array. Safe to use from several threads.
+
+    Parameters
+    ----------
+    folder : Path
+        The array's.
+    storage : _Storage
+        How it is stored.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the array.
+    dtype : numpy.dtype
+        Of the array.
+    axis : int
+        The place of the rows among its dimensions: 0, or 1 behind ``layer``.
+    """
+
+    def __init__(self, folder: Path, storage: _Storage) -> None:
+        self.folder = folder
+        self.shape, self.dtype, self.axis = storage.shape, storage.dtype, storage.axis
+        self._storage = storage
+        self._lock = threading.Lock()
+        self._indices: OrderedDict[tuple[int, int], NDArray[np.uint64] | None] = OrderedDict()
+
+    @classmethod
+    def of(cls, folder: Path, said: Mapping[str, Any]) -> Self | None:
+        """Give what reads an array of this metadata; None where it has another form."""
+        storage = _Storage.parse(said)
+        return None if storage is None else cls(folder, storage)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self._storage)
+
+    def read(self, layer: int, rows: Integers) -> NDArray[Any]:
+        """Read rows of a layer, in the order given.
+
+        Parameters
+        ----------
+        layer : int
+            The place on ``layer``; 0 where there is none.
+        rows : numpy.ndarray
+            int64 [n]: rows, each of those that there are.
+
+        Returns
+        -------
+        numpy.ndarray
+            [n, *row_shape]; rows that were never written hold the fill value.
+
+        Raises
+        ------
+        ArchiveError
+            A chunk is damaged.
+        """
+        out = np.empty((rows.size, *self._storage.row_shape), self.dtype)
+        wanted = self._wanted(rows)
+        if len(wanted) < _ALONE:
+            for one in wanted:
+                self._read(layer, one, out)
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for _ in pool.map(lambda one: self._read(layer, one, out), wanted):
+                    pass
+        return out
+
+    def _wanted(self, rows: Integers) -> list[_Wanted]:
+        if not rows.size:
+            return []
+        size = self._storage.chunk[self.axis]
+        chunks = rows // size
+        order = np.argsort(chunks, kind="stable")
+        starts = np.flatnonzero(np.diff(chunks[order], prepend=-1))
+        return [
+            _Wanted(int(chunks[mine[0]]), rows[mine] % size, mine)
+            for mine in np.split(order, starts[1:])
+        ]
+
+    def _read(self, layer: int, wanted: _Wanted, out: NDArray[Any]) -> None:
+        """Decode a chunk to where its rows go: at once, where they are all of it, in order."""
+        storage, target = self._storage, wanted.target
+        encoded = self._encoded(layer, wanted.chunk)
+        if encoded is None:
+            out[target] = storage.fill
+            return
+        count, first = target.size, int(target[0])
+        here = out[first : first + count]
+        run = target[-1] - first == count - 1 and wanted.within[-1] - wanted.within[0] == count - 1
+        direct = run and here.nbytes == storage.chunk_bytes and storage.order is None
+        place = here if direct else np.empty(storage.chunk, self.dtype)
+        try:
+            codecs.decode_into(storage.config, encoded, place.reshape(-1).view(np.uint8))
+        except FormatError as error:
+            raise self._damaged(layer, wanted.chunk, str(error)) from error
+        if not direct:
+            if storage.order is not None:
+                turned = place.reshape([storage.chunk[axis] for axis in storage.order])
+                place = turned.transpose(np.argsort(storage.order))
+            rows = place.reshape(storage.chunk[self.axis :])
+            low = int(wanted.within[0])
+            if run:
+                here[...] = rows[low : low + count]
+            else:
+                out[target] = rows[wanted.within]
+
+    def _encoded(self, layer: int, chunk: int) -> memoryview | None:
+        """Read a chunk's bytes, checked against their checksum; None where it was not written."""
+        per_shard = self._storage.shard[self.axis] // self._storage.chunk[self.axis]
+        shard, number = divmod(chunk, per_shard)
+        index = self._index(layer, shard, per_shard)
+        if index is None:
+            return None
+        offset, length = map(int, index[number])
+        if offset == length == EMPTY:
+            return None
+        if length < _CRC.size or length > self._storage.chunk_bytes + (1 << 16):
+            raise self._damaged(layer, chunk, f"the index says that it has {length} bytes")
+        with self._path(layer, shard).open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, offset)
+        if len(data) < length or castagnoli.crc32c(memoryview(data)[:-4]) != _crc(data):
+            raise self._damaged(layer, chunk, "its bytes don't match their checksum")
+        return memoryview(data)[: -_CRC.size]
+
+    def _index(self, layer: int, shard: int, count: int) -> NDArray[np.uint64] | None:
+        with self._lock:
+            if (layer, shard) in self._indices:
+                self._indices.move_to_end((layer, shard))
+                return self._indices[layer, shard]
+        found = None
+        size = 16 * count + _CRC.size
+        try:
+            with self._path(layer, shard).open("rb", buffering=0) as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - size, 0))
+                data = file.read(size)
+        except FileNotFoundError:
+            pass
+        else:
+            if len(data) < size or castagnoli.crc32c(data[:-4]) != _crc(data):
+                path = self._path(layer, shard)
+                msg = f"{path}: the shard's index doesn't match its checksum; see actstore.verify"
+                raise ArchiveError(msg)
+            found = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
+        with self._lock:
+            self._indices[layer, shard] = found
+            while len(self._indices) > _INDICES:
+                self._indices.popitem(last=False)
+        return found
+
+    def _path(self, layer: int, shard: int) -> Path:
+        place = (*(layer,) * self.axis, shard, *(0,) * len(self._storage.row_shape))
+        return self.folder.joinpath("c", *map(str, place))
+
+    def _damaged(self, layer: int, chunk: int, reason: str) -> ArchiveError:
+        place = f" of layer {layer}" if self.axis else ""
+        msg = f"{self.folder}: chunk {chunk}{place} is damaged: {reason}; see actstore.verify"
+        return ArchiveError(msg)
+
+
+def _crc(data: bytes) -> int:
+    return int(_CRC.unpack(data[-_CRC.size :])[0])
