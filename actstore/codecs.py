@@ -275,13 +275,18 @@ def _constants(data: Bytes, itemsize: int) -> dict[int, int]:
     if itemsize not in _UNSIGNED:
         return {}
     words = data.view(_UNSIGNED[itemsize])
-    for part in (words[:_LEAST_PLANE], words):  # the first few mostly tell that there is none
-        everywhere = int(np.bitwise_and.reduce(part))
-        differs = everywhere ^ int(np.bitwise_or.reduce(part))
-        found = [place for place in range(itemsize) if not differs >> 8 * place & 0xFF]
-        if not found:
-            break
-    return {place: everywhere >> 8 * place & 0xFF for place in found}
+    head = words[:_LEAST_PLANE]  # mostly tells that there is none
+    found = _equal_bytes(np.bitwise_and.reduce(head), np.bitwise_or.reduce(head), itemsize)
+    if found:
+        every = np.bitwise_and.reduce(words) if any(found.values()) else 0
+        found = _equal_bytes(every, np.bitwise_or.reduce(words), itemsize)
+    return found
+
+
+def _equal_bytes(one: Any, other: Any, itemsize: int) -> dict[int, int]:
+    """Give the bytes that two integers have in common, by their place."""
+    mine, its = (int(number).to_bytes(itemsize, "little") for number in (one, other))
+    return {place: mine[place] for place in range(itemsize) if mine[place] == its[place]}
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,9 +26,11 @@ __all__ = [
     "PROFILES",
     "MismatchError",
     "Profile",
+    "applied",
     "check_profile",
     "check_shard",
     "codec_metadata",
+    "encode_chunk",
     "encode_shard",
     "memory_of",
     "room",
@@ -40,6 +42,7 @@ Bytes = NDArray[np.uint8]
 EMPTY: Final = (1 << 64) - 1
 _INDEX_BYTES: Final = 16  # of a chunk: its place and its length
 _CRC: Final = struct.Struct("<I")
+_LOOKED_AT, _BEGIN = 256, 16  # rows of a shard, and elements of a row, to see whether they repeat
 _PIECE: Final = 1 << 20
 #: Chunks that are in memory besides: read, padded, encoded, decoded, and a block of the log.
 _BESIDE: Final = 8
@@ -62,7 +65,8 @@ class Profile:
     shuffle : str
         What is done to the bytes before, as the codec ``blosc`` calls it.
     repeats : bool
-        Whether repeats are looked for.
+        Whether repeats are looked for in all shards, and not only where the first rows say that
+        rows repeat, as those of an embedding do.
     """
 
     cname: str = ""
@@ -187,16 +191,18 @@ def encode_shard(
     MismatchError
         Stock Blosc decodes a chunk to something else.
     """
-    index = np.full((count, 2), EMPTY, "<u8")
+    index, mine = np.full((count, 2), EMPTY, "<u8"), PROFILES[profile]
     end = 0
     for number, rows in chunks:
+        if end == 0:
+            mine = applied(profile, rows)
         chunk = rows
         if len(chunk) < chunk_rows:
             chunk = np.full((chunk_rows, *rows.shape[1:]), fill, rows.dtype)
             chunk[: len(rows)] = rows
         data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-        start, end = end, end + _encode_chunk(out[end:], data, chunk.dtype.itemsize, profile)
-        _compare(out[start:end], data, profile)
+        start, end = end, end + encode_chunk(out[end:], data, chunk.dtype.itemsize, mine)
+        _compare(out[start:end], data, mine)
         end = _seal(out, start, end)
         index[number] = start, end - start
     table = index.reshape(-1).view(np.uint8)
@@ -205,9 +211,22 @@ def encode_shard(
     return out[: _seal(out, start, end)]
 
 
-def _encode_chunk(out: Bytes, data: Bytes, itemsize: int, profile: str) -> int:
-    """Encode a chunk into memory; give its length."""
+def applied(profile: str, rows: NDArray[Any]) -> Profile:
+    """Give a profile as it is applied to a shard that begins with these rows."""
     mine = PROFILES[profile]
+    return replace(mine, repeats=True) if mine.cname == "zstd" and _repeat(rows) else mine
+
+
+def _repeat(rows: NDArray[Any]) -> bool:
+    """Whether an eighth of the first rows were there before, by how they begin."""
+    if rows.ndim == 1:
+        return False
+    begins = rows[:_LOOKED_AT].reshape(min(len(rows), _LOOKED_AT), -1)[:, :_BEGIN]
+    return len({one.tobytes() for one in begins}) < 7 / 8 * len(begins)
+
+
+def encode_chunk(out: Bytes, data: Bytes, itemsize: int, mine: Profile) -> int:
+    """Encode a chunk into memory; give its length."""
     if mine.cname == "zstd":
         return codecs.plane_split_into(out, data, itemsize, repeats=mine.repeats)
     encoded = data
@@ -218,9 +237,9 @@ def _encode_chunk(out: Bytes, data: Bytes, itemsize: int, profile: str) -> int:
     return len(encoded)
 
 
-def _compare(encoded: Bytes, data: Bytes, profile: str) -> None:
+def _compare(encoded: Bytes, data: Bytes, mine: Profile) -> None:
     """Decode a chunk by a decoder that is not ours."""
-    if not PROFILES[profile].cname:
+    if not mine.cname:
         return
     found = codecs.scratch("decoded", data.nbytes)
     try:

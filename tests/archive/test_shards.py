@@ -121,6 +121,39 @@ def test_activations_as_bfloat16_holds_them_shrink_in_chunks_of_1_mib(
     assert same_bits(by_tensorstore(tmp_path / "z"), rows)
 
 
+def test_rows_that_repeat_are_found_by_every_profile_of_planes(tmp_path: Path) -> None:
+    """As an embedding's do, for the same token."""
+    table = random_values((64, 512))
+    rows = table[np.random.default_rng(0).integers(0, 64, 1024)]
+    for profile in ("balanced", "dense"):
+        (path,) = write(tmp_path / profile, rows, 512, 1024, profile)
+        assert path.stat().st_size < rows.nbytes / 4
+        assert same_bits(by_zarr(tmp_path / profile), rows)
+        assert same_bits(by_tensorstore(tmp_path / profile), rows)
+
+
+def test_dense_finds_what_repeats_within_rows_that_do_not(tmp_path: Path) -> None:
+    rows = random_values((1024, 512))
+    rows[:, 128:] = rows[np.random.default_rng(0).integers(0, 64, 1024), 128:]
+    sizes = {
+        profile: write(tmp_path / profile, rows, 512, 1024, profile)[0].stat().st_size
+        for profile in ("balanced", "dense")
+    }
+    assert sizes["dense"] < rows.nbytes / 2 < sizes["balanced"]
+    assert same_bits(by_zarr(tmp_path / "dense"), rows)
+
+
+def test_memory_that_was_used_before_holds_the_same_shard() -> None:
+    rows = random_values((96, 40))
+    for profile in shards.PROFILES:
+        out = np.full(shards.room(32 * 40 * 4, 3, 4), 0xAA, np.uint8)
+        chunks = ((number, rows[32 * number : 32 * number + 32]) for number in range(3))
+        again = shards.encode_shard(chunks, 32, 4, np.nan, profile, out)
+        there = np.arange(4) < 3
+        assert np.shares_memory(again, out)
+        assert again.tobytes() == encode_rows(rows, 32, there, np.nan, profile).tobytes()
+
+
 def test_chunks_without_a_row_are_not_written_and_read_as_the_fill(tmp_path: Path) -> None:
     rows = random_values((8, 4), "int32")
     present = np.array([True, False, False, True])
