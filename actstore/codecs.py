@@ -11,6 +11,9 @@ stock setting on them, and every Blosc decoder reads it.
 
 from __future__ import annotations
 
+# numcodecs imports it when it first encodes, which may be in a thread: that would wait for ever
+# where a signal's handler has raised in the midst of an import of the main thread's
+import multiprocessing.synchronize  # noqa: F401
 import struct
 import threading
 from collections.abc import Mapping

@@ -130,7 +130,9 @@ class Stage:
         self._numbers: dict[Kind, int] = {}
         self._clock = clock
         self.memory = memory or Memory()
-        self._lock = threading.Lock()
+        # with an RLock a condition's wait ends with the lock held, whatever a signal's handler
+        # raises meanwhile; with a Lock it may end without, and release another thread's
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         #: of a group's share, what its packets' descriptions don't need
         self._arena_bytes = (
