@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actstore.appending import append as append
     from actstore.capture.preview import describe as describe
     from actstore.capture.preview import estimate as estimate
     from actstore.compaction import compact as compact
@@ -36,6 +37,7 @@ _HOMES = {
     "InstrumentationConfig": "actstore.config",
     "InstrumentationFramework": "actstore.framework",
     "analyze_activations_with_tokens": "actstore.framework",
+    "append": "actstore.appending",
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
@@ -52,6 +54,7 @@ __all__ = [
     "InstrumentationConfig",
     "InstrumentationFramework",
     "analyze_activations_with_tokens",
+    "append",
     "compact",
     "describe",
     "estimate",

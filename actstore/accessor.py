@@ -33,10 +33,10 @@ class ActstoreAccessor:
     """Rows and layers of a log's or an archive's dataset, by what they are.
 
     What chooses rows reads their labels, and gives a dataset of those rows that is as lazy as it
-    was; so these can be chained. Of its values only the chunks that hold a chosen row are read,
-    when they are asked for. With dask this holds where the variables still are as they were
-    opened or chosen: choose rows before slicing or computing with them. Variables that don't have
-    the token axis, ragged ones among them, stay whole.
+    was; so choices can follow each other. Of its values only the chunks that hold a chosen row
+    are read, when they are asked for. With dask this holds for variables as they were opened or
+    chosen: of what was sliced or computed with before, whole shards are read. Variables that
+    don't have the token axis, ragged ones among them, stay as they are.
 
     ``dim`` is the token axis. It can be left out where there is one; an encoder-decoder has
     ``encoder_token`` and ``decoder_token``. Where it is no token axis, or is left out and there
@@ -60,8 +60,8 @@ class ActstoreAccessor:
         ----------
         wanted : str, int, or iterable of them
             Texts, and ids. A text also means itself behind a space, the form that it has within a
-            sentence: ``"Paris"`` finds ``"Paris"`` and ``" Paris"``; ``" Paris"`` only itself. So
-            does ``where(token_text="Paris")``.
+            sentence: ``"Paris"`` finds ``"Paris"`` and ``" Paris"``, but ``" Paris"`` only itself.
+            ``where(token_text="Paris")`` finds ``"Paris"`` alone.
         dim : str, optional
             The token axis.
 
@@ -84,6 +84,8 @@ class ActstoreAccessor:
     ) -> xr.Dataset:
         """Choose the rows that predicted a recorded token, in the order of the steps.
 
+        Of an archive of several logs, log by log.
+
         Parameters
         ----------
         selection : int, slice or iterable of int, optional
@@ -98,13 +100,13 @@ class ActstoreAccessor:
             The selection is none of these.
         """
         axis = self._axis(dim)
-        steps = axis.label("step").to_numpy()
-        rows = np.flatnonzero(steps >= 0)
-        rows = rows[np.argsort(steps[rows], kind="stable")]
+        labels = [*axis.run, "step"]
+        table = axis.table(labels)
+        chosen = table["step"] >= 0
         if selection is not None:
-            wanted = _step_numbers(selection, int(steps.max(initial=-1)) + 1)
-            rows = rows[np.isin(steps[rows], wanted)]
-        return axis.take(rows)
+            count = int(table["step"].max()) + 1 if axis.rows else 0
+            chosen &= table["step"].isin(_step_numbers(selection, count))
+        return axis.take(table[chosen].sort_values(labels, kind="stable").index.to_numpy())
 
     def last_positions(self, *, dim: str | None = None) -> xr.Dataset:
         """Choose the last row of each batch item in each pass that is not padding.
@@ -115,31 +117,39 @@ class ActstoreAccessor:
             The token axis.
         """
         axis = self._axis(dim)
-        real = ~axis.label("is_padding").to_numpy()
-        items = ["run"] if "run" in axis else []  # of several logs, passes count by themselves
-        table = pd.DataFrame(
-            {one: axis.label(one)[real] for one in (*items, "pass_index", "batch_item")}
-        )
+        table = axis.table([*axis.run, "pass_index", "batch_item"])
+        table = table[~axis.label("is_padding").to_numpy()]
         return axis.take(table.drop_duplicates(keep="last").index.to_numpy())
 
-    def sequence(self, pass_index: int, item: int = 0, *, dim: str | None = None) -> xr.Dataset:
+    def sequence(
+        self, pass_index: int, item: int = 0, *, run: int | None = None, dim: str | None = None
+    ) -> xr.Dataset:
         """Choose the rows of one batch item of one pass, padding included.
 
         Parameters
         ----------
         pass_index, item : int
             The pass, and the batch item, both from 0.
+        run : int, optional
+            The log, of an archive of several; each counts its passes by itself.
         dim : str, optional
             The token axis.
 
         Raises
         ------
         ConfigError
-            There are no such rows.
+            There are no such rows, or they are of several logs.
         """
         axis = self._axis(dim)
         passes, items = axis.label("pass_index"), axis.label("batch_item")
-        rows = np.flatnonzero((passes == pass_index) & (items == item))
+        chosen = (passes == pass_index) & (items == item)
+        if run is not None:
+            chosen &= axis.label("run") == run if axis.run else run == 0
+        rows = np.flatnonzero(chosen)
+        logs = axis.label("run")[rows].unique().tolist() if axis.run else []
+        if len(logs) > 1:
+            msg = f"pass {pass_index!r} is in each of the runs {logs}; say which with run="
+            raise ConfigError(msg)
         if not rows.size:
             found = f"passes {passes.min()} to {passes.max()}" if axis.rows else "no rows at all"
             msg = (
@@ -208,8 +218,7 @@ class ActstoreAccessor:
             label. Text is of dtype object, or whatever pandas holds text in.
         """
         axis = self._axis(dim)
-        table = pd.DataFrame({name: axis.label(name) for name in axis.names})
-        return table.rename_axis(index=axis.dim)
+        return axis.table(axis.names).rename_axis(index=axis.dim)
 
     @property
     def layers(self) -> dict[str, str]:
@@ -309,6 +318,15 @@ class _TokenAxis:
         values = self.dataset.variables[full if full in self.names else label].values
         # pandas has no dtype for NumPy's strings
         return pd.Series(values.astype(object) if values.dtype.kind == "T" else values)
+
+    @property
+    def run(self) -> tuple[str, ...]:
+        """The label that tells several logs apart, where there are several."""
+        return ("run",) if len(self.dataset.attrs.get("runs", ())) > 1 and "run" in self else ()
+
+    def table(self, labels: Iterable[str]) -> pd.DataFrame:
+        """Read labels as the columns of a table."""
+        return pd.DataFrame({label: self.label(label) for label in labels})
 
     def take(self, rows: NDArray[np.int64]) -> xr.Dataset:
         """Give the dataset with these rows."""
@@ -456,6 +474,8 @@ def _layers(dataset: xr.Dataset) -> list[_Layer]:
         if "layer" not in variable.dims and len(modules) == 1:
             found.append(_Layer(modules[0], name, axis, site, 0, -1))
             continue
+        if "layer" not in dataset.coords:  # one was chosen, and which is forgotten
+            continue
         blocks = np.atleast_1d(dataset["layer"].values)
         for place, module in enumerate(_modules_left(dataset, modules, blocks)):
             if module:
@@ -525,7 +545,9 @@ def _no_layer(dataset: xr.Dataset, name: str, known: list[str]) -> str:
                 f"the outputs of {name!r} are no rows of a token axis: they are one after the "
                 f"other in {variable!r}, beginning at {stem}_offset, with {stem}_shape"
             )
-    return f"no layer {name!r}; {_instead(name, known)}; actstore.layers has all {len(known)}"
+    said = f"no layer {name!r}; {_instead(name, known)}; actstore.layers has all {len(known)}"
+    aliases = dataset.attrs.get("aliases")
+    return f"{said}, and attrs['aliases'] the sites that others hold" if aliases else said
 
 
 def _instead(name: str, known: list[str]) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import actstore
-from actstore import codecs
+from actstore import codecs, files
 from actstore.archive import layout, shards, store
 from actstore.archive.coordinates import STRING, Coordinate, Runs, pass_columns, token_columns
 from actstore.archive.grid import Shard
@@ -37,11 +37,19 @@ from actstore.stream.rows import ElementReader, RowReader
 
 __all__ = [
     "CompactionReport",
+    "Content",
+    "Job",
+    "check_workers",
     "compact",
     "differences",
     "element_reader",
+    "fitting",
+    "opened",
+    "paths_of",
     "plan_log",
     "row_reader",
+    "runs_of",
+    "write_archive",
 ]
 
 #: Called with the bytes that are done and those that there are.
@@ -98,11 +106,11 @@ class CompactionReport:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Job:
+class Job:
     """One shard to write: of which array, what reads its rows, and whose bytes they are.
 
     ``place`` is its place on ``layer``, where the array has that; ``owners`` has the raw bytes
-    that each module has in it.
+    that each module has in it; ``link`` is a file that is this shard already.
     """
 
     name: str
@@ -113,6 +121,7 @@ class _Job:
     fill: Any
     owners: Mapping[str, int]
     read: Callable[[int, int], NDArray[Any]]
+    link: Path | None = None
 
     @property
     def file(self) -> str:
@@ -136,6 +145,74 @@ class _Job:
         for number in np.flatnonzero(shard.present).tolist():
             first = shard.first + number * shard.chunk_rows
             yield number, self.read(first, min(first + shard.chunk_rows, shard.last))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Content:
+    """What an archive will hold, before any value is read.
+
+    Attributes
+    ----------
+    plan : layout.Plan
+        Its arrays and labels.
+    jobs : tuple of Job
+        Its shards.
+    tables : mapping of str to mapping of str to numpy.ndarray
+        The columns of the groups ``tokens`` and ``passes``.
+    runs : tuple of mapping
+        The HEADER of each log.
+    logs : tuple of mapping
+        What ``provenance`` says of each.
+    analysis : mapping
+        Counts of all of them, as `summary.merge` gives them.
+    """
+
+    plan: layout.Plan
+    jobs: tuple[Job, ...]
+    tables: Mapping[str, Mapping[str, NDArray[Any]]]
+    runs: tuple[Mapping[str, Any], ...]
+    logs: tuple[Mapping[str, Any], ...]
+    analysis: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, reader: Reader, tokenizer: Any = None) -> Content:
+        """Plan the archive of a log, or of several."""
+        plan, logs, runs = plan_log(reader, tokenizer), _logs(reader), runs_of(reader)
+        return cls(
+            plan,
+            tuple(_jobs(reader, plan)),
+            {
+                "tokens": token_columns(reader.tokens, runs),
+                "passes": pass_columns(reader.passes, runs),
+            },
+            tuple(dict(one.header) for one in logs),
+            tuple(
+                {
+                    "name": one.path.name,
+                    "run_id": one.header.get("run_id"),
+                    "bytes": one.file_bytes,
+                    "complete": one.complete,
+                }
+                for one in logs
+            ),
+            summary.merge([summary.summarise(one) for one in logs]),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells one making of an archive from another: the logs and the plan."""
+        said = {
+            "writer": actstore.__version__,
+            "format": store.VERSION,
+            "logs": self.logs,
+            "shards": [
+                (one.file, one.shard.first, one.shard.last, one.raw_bytes) for one in self.jobs
+            ],
+            "arrays": [
+                (one.name, one.dims, one.shape, one.source.name) for one in self.plan.variables
+            ],
+        }
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def compact(  # noqa: PLR0913 - each is its own choice, by name
@@ -197,40 +274,38 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         As for `open_stream`.
     """
     began = time.monotonic()
-    paths, target = _paths(streams), _path(out)
+    paths, target = paths_of(streams), _path(out)
     shards.check_profile(profile)
-    _check_workers(workers)
+    check_workers(workers)
     _check_target(target)
-    with ExitStack() as stack:
-        opened = [
-            stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes)) for path in paths
-        ]
-        reader = opened[0] if len(opened) == 1 else JoinedReader(opened)
-        reader.check()
-        plan = plan_log(reader, tokenizer)
-        jobs = list(_jobs(reader, plan))
-        threads = _fitting(jobs, workers, int(max_memory_gb * 1e9))
-        making = Journal(target, _making(opened, jobs, plan, profile), _now())
-        try:
-            with making as journal:
-                made = _write(reader, plan, jobs, journal, profile, threads, progress)
-                journal.finish()
-        except OSError as error:
-            if isinstance(error, ActstoreError):
-                raise
-            msg = (
-                f"{target} could not be written: {error}; what is finished of it is kept in "
-                f"{making.folder.name} beside it: make room and compact again to go on, or remove "
-                "that folder"
-            )
-            raise ArchiveError(msg) from error
+    with opened(paths, shapes, dtypes) as reader:
+        content = Content.of(reader, tokenizer)
+        threads = fitting(content.jobs, workers, max_memory_gb)
+        made = write_archive(content, target, profile, threads, progress)
     if remove_logs:
         for path in paths:
             path.unlink()
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)
 
 
-def _fitting(jobs: Sequence[_Job], workers: int, memory: int) -> int:
+@contextmanager
+def opened(
+    streams: Pathlike | Sequence[Pathlike],
+    shapes: Mapping[str, Sequence[int]] | None,
+    dtypes: Mapping[str, str] | None,
+) -> Iterator[Reader]:
+    """Open logs as one, and refuse damaged ones."""
+    with ExitStack() as stack:
+        readers = [
+            stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes))
+            for path in paths_of(streams)
+        ]
+        reader = readers[0] if len(readers) == 1 else JoinedReader(readers)
+        reader.check()
+        yield reader
+
+
+def fitting(jobs: Sequence[Job], workers: int, gigabytes: float) -> int:
     """Give how many threads fit into memory.
 
     Raises
@@ -241,29 +316,41 @@ def _fitting(jobs: Sequence[_Job], workers: int, memory: int) -> int:
     needed = max(
         (shards.memory_of(job.shard.present.size, job.chunk_bytes) for job in jobs), default=0
     )
-    fitting = (memory - _BESIDE) // needed if needed else workers
-    if fitting < 1:
+    threads = (int(gigabytes * 1e9) - _BESIDE) // needed if needed else workers
+    if threads < 1:
         msg = (
             f"a shard of this archive needs {(needed + _BESIDE) / 1e9:.2f} GB of memory; "
-            f"max_memory_gb is {memory / 1e9:.2f}: give that much"
+            f"max_memory_gb is {gigabytes:.2f}: give that much"
         )
         raise ConfigError(msg)
-    return int(min(workers, fitting))
+    return min(workers, threads)
 
 
-def _making(
-    logs: Sequence[StreamReader], jobs: Sequence[_Job], plan: layout.Plan, profile: str
-) -> str:
-    """Give what tells one making of an archive from another: the logs, the plan, the settings."""
-    said = {
-        "writer": actstore.__version__,
-        "format": store.VERSION,
-        "profile": profile,
-        "logs": [(one.header.get("run_id"), one.file_bytes, len(one.table)) for one in logs],
-        "shards": [(job.file, job.shard.first, job.shard.last, job.raw_bytes) for job in jobs],
-        "arrays": [(one.name, one.dims, one.shape, one.source.name) for one in plan.variables],
-    }
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+def write_archive(
+    content: Content, target: Path, profile: str, threads: int, progress: Progress | None
+) -> dict[str, Any]:
+    """Write an archive, or go on with one; give what a report says of it.
+
+    Raises
+    ------
+    ArchiveError
+        It can't be written, or doesn't read back.
+    """
+    making = Journal(target, f"{content.fingerprint} {profile}", _now())
+    try:
+        with making as journal:
+            made = _write(content, journal, profile, threads, progress)
+            journal.finish()
+    except OSError as error:
+        if isinstance(error, ActstoreError):
+            raise
+        msg = (
+            f"{target} could not be written: {error}; what is finished of it is kept in "
+            f"{making.folder.name} beside it: make room and do it again to go on, or remove "
+            "that folder"
+        )
+        raise ArchiveError(msg) from error
+    return made
 
 
 def differences(
@@ -280,13 +367,7 @@ def differences(
         What of the archive differs, and how. Texts are not compared: a tokenizer may have given
         them.
     """
-    with ExitStack() as stack:
-        opened = [
-            stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes))
-            for path in _paths(streams)
-        ]
-        reader = opened[0] if len(opened) == 1 else JoinedReader(opened)
-        reader.check()
+    with opened(streams, shapes, dtypes) as reader:
         plan = plan_log(reader)
         for job in _jobs(reader, plan):
             reason = _difference(folder, job)
@@ -304,7 +385,7 @@ def differences(
                 yield one.name, "its values are not those of the logs"
 
 
-def _difference(folder: Path, job: _Job) -> str:
+def _difference(folder: Path, job: Job) -> str:
     """Say how the rows of a shard differ from the log's, if they do."""
     try:
         found = store.read_rows(folder, job.name, job.place, job.shard.first, job.shard.last)
@@ -332,12 +413,13 @@ def plan_log(reader: Reader, tokenizer: Any = None) -> layout.Plan:
         reader.table,
         reader.features,
         texts,
-        _runs(reader),
+        runs_of(reader),
     )
     return layout.plan(source)
 
 
-def _runs(reader: Reader) -> Runs:
+def runs_of(reader: Reader) -> Runs:
+    """Give the logs of a reader as labels have them."""
     return Runs(reader.starts if isinstance(reader, JoinedReader) else np.zeros(1, np.int64))
 
 
@@ -360,15 +442,14 @@ def element_reader(reader: Reader, ragged: layout.Ragged) -> ElementReader:
 
 
 def _write(
-    reader: Reader,
-    plan: layout.Plan,
-    jobs: Sequence[_Job],
+    content: Content,
     journal: Journal,
     profile: str,
     threads: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Write an archive, shard by verified shard; give what a report says of it."""
+    """Write an archive, shard by verified shard."""
+    plan, jobs = content.plan, content.jobs
     total, resumed = sum(job.raw_bytes for job in jobs), len(journal.done)
     done = sum(job.raw_bytes for job in jobs if job.file in journal.done)
     if progress is not None and resumed:
@@ -387,8 +468,8 @@ def _write(
     writer = store.ArchiveWriter(journal.folder)
     _describe_arrays(writer, plan, profile)
     _check_arrays(journal.folder, jobs)
-    _add_labels(writer, plan, reader)
-    writer.finish(_attributes(reader, plan, stored, profile, journal.created))
+    _add_labels(writer, content)
+    writer.finish(_attributes(content, stored, profile, journal.created))
     return {
         "rows": plan.rows,
         "variables": (
@@ -404,7 +485,7 @@ def _write(
     }
 
 
-def _as_done(running: Mapping[Future[None], _Job]) -> Iterator[Future[None]]:
+def _as_done(running: Mapping[Future[None], Job]) -> Iterator[Future[None]]:
     """Give what is running as it ends; an interrupt is not kept waiting."""
     left = set(running)
     while left:
@@ -422,7 +503,7 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _jobs(reader: Reader, plan: layout.Plan) -> Iterator[_Job]:
+def _jobs(reader: Reader, plan: layout.Plan) -> Iterator[Job]:
     """Give the shards to write: those that hold anything."""
     for one in plan.variables:
         axis = one.token_axis
@@ -433,7 +514,7 @@ def _jobs(reader: Reader, plan: layout.Plan) -> Iterator[_Job]:
             for shard in one.cut(place):
                 owners, trailing = {module: shard.rows * one.row_bytes}, len(one.row_shape)
                 read = partial(rows.read, fill=one.fill)
-                yield _Job(
+                yield Job(
                     one.name,
                     (place,) * axis,
                     trailing,
@@ -447,7 +528,7 @@ def _jobs(reader: Reader, plan: layout.Plan) -> Iterator[_Job]:
         elements = element_reader(reader, ragged)
         for shard in ragged.cut():
             owners = _ragged_owners(reader, ragged, shard)
-            yield _Job(
+            yield Job(
                 ragged.values_name,
                 (),
                 0,
@@ -478,8 +559,11 @@ def _shares(owners: Mapping[str, int], nbytes: int) -> dict[str, int]:
     return result
 
 
-def _write_shard(journal: Journal, job: _Job, profile: str) -> None:
+def _write_shard(journal: Journal, job: Job, profile: str) -> None:
     """Write a shard, compare what it decodes to with the log, and its file with what it is."""
+    if job.link is not None:
+        journal.add(job.file, files.link_or_copy(job.link, journal.folder / job.file))
+        return
     try:
         shard = job.shard
         count = shard.present.size
@@ -498,7 +582,7 @@ def _write_shard(journal: Journal, job: _Job, profile: str) -> None:
     journal.add(job.file, nbytes)
 
 
-def _check_arrays(folder: Path, jobs: Sequence[_Job]) -> None:
+def _check_arrays(folder: Path, jobs: Sequence[Job]) -> None:
     """Read a chunk of each array by zarr-python, as its metadata says, and compare it."""
     for job in {job.name: job for job in jobs}.values():
         number, wanted = next(job.chunks())
@@ -511,7 +595,7 @@ def _check_arrays(folder: Path, jobs: Sequence[_Job]) -> None:
             raise _unverified(job)
 
 
-def _unverified(job: _Job) -> ArchiveError:
+def _unverified(job: Job) -> ArchiveError:
     msg = (
         f"{job.name} at {job.place}, rows {job.shard.first} to {job.shard.last}, doesn't read "
         "back as the log has it; nothing was kept of this archive: check the disk, and compact "
@@ -545,7 +629,8 @@ def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, profile: st
         )
 
 
-def _add_labels(writer: store.ArchiveWriter, plan: layout.Plan, reader: Reader) -> None:
+def _add_labels(writer: store.ArchiveWriter, content: Content) -> None:
+    plan = content.plan
     for coordinate in plan.coordinates:
         writer.add_small(coordinate)
         if coordinate.values.dtype == STRING:
@@ -553,36 +638,15 @@ def _add_labels(writer: store.ArchiveWriter, plan: layout.Plan, reader: Reader) 
     for variable in plan.variables:
         if variable.partial:
             writer.add_small(variable.present())
-    tables = (
-        ("tokens", "token", token_columns(reader.tokens, _runs(reader))),
-        ("passes", "pass", pass_columns(reader.passes, _runs(reader))),
-    )
-    for group, dim, columns in tables:
-        for name, values in columns.items():
+    for group, dim in (("tokens", "token"), ("passes", "pass")):
+        for name, values in content.tables[group].items():
             writer.add_small(Coordinate(name, (dim,), values), group=group)
 
 
-def _analysis(reader: Reader, stored: Mapping[str, int], profile: str) -> dict[str, Any]:
-    """Give what ``analyze_activations`` says of the archive: the logs' counts, its own bytes."""
-    found = summary.summarise_all(_logs(reader))
-    del found["stream_path"]
-    for name, layer in found["per_layer"].items():
-        layer["bytes"] = stored.get(name, 0)
-    total, raw = sum(stored.values()), found["total_raw_bytes"]
-    return found | {
-        "compression": profile,
-        "total_compressed_bytes": total,
-        "compression_ratio": raw / total if total else 1.0,
-    }
-
-
 def _attributes(
-    reader: Reader,
-    plan: layout.Plan,
-    stored: Mapping[str, int],
-    profile: str,
-    created: str,
+    content: Content, stored: Mapping[str, int], profile: str, created: str
 ) -> dict[str, Any]:
+    plan = content.plan
     labels = [one.name for one in plan.coordinates if one.dims != (one.name,)]
     return {
         "format": store.FORMAT,
@@ -591,21 +655,28 @@ def _attributes(
         "rows": dict(plan.rows),
         "aliases": dict(plan.aliases),
         "profile": profile,
-        "runs": [dict(one.header) for one in _logs(reader)],
-        "analysis": _analysis(reader, stored, profile),
+        "runs": content.runs,
+        "analysis": _analysis(content.analysis, stored, profile),
         "provenance": {
             "writer": {"name": "actstore", "version": actstore.__version__},
             "created": created,
-            "logs": [
-                {
-                    "name": one.path.name,
-                    "run_id": one.header.get("run_id"),
-                    "bytes": one.file_bytes,
-                    "complete": one.complete,
-                }
-                for one in _logs(reader)
-            ],
+            "logs": content.logs,
         },
+    }
+
+
+def _analysis(found: Mapping[str, Any], stored: Mapping[str, int], profile: str) -> dict[str, Any]:
+    """Give what ``analyze_activations`` says of the archive: the logs' counts, its own bytes."""
+    per_layer = {
+        name: {**layer, "bytes": stored.get(name, 0)} for name, layer in found["per_layer"].items()
+    }
+    total, raw = sum(stored.values()), found["total_raw_bytes"]
+    kept = {name: value for name, value in found.items() if name != "stream_path"}
+    return kept | {
+        "compression": profile,
+        "per_layer": per_layer,
+        "total_compressed_bytes": total,
+        "compression_ratio": raw / total if total else 1.0,
     }
 
 
@@ -616,7 +687,8 @@ def _now() -> str:
     return now.isoformat(timespec="milliseconds")
 
 
-def _paths(streams: Pathlike | Sequence[Pathlike]) -> list[Path]:
+def paths_of(streams: Pathlike | Sequence[Pathlike]) -> list[Path]:
+    """Give the paths of one log or several."""
     if isinstance(streams, str | os.PathLike):
         return [Path(streams)]
     if not isinstance(streams, Sequence) or not streams:
@@ -633,7 +705,8 @@ def _path(given: Pathlike) -> Path:
         raise ConfigError(msg) from None
 
 
-def _check_workers(workers: int) -> None:
+def check_workers(workers: int) -> None:
+    """Refuse a number of threads that is none."""
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         msg = f"workers must be a positive int; got {workers!r}"
         raise ConfigError(msg)

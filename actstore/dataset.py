@@ -57,8 +57,9 @@ def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Da
         A variable for each site: ``(layer, token, feature)`` for sites that repeat in every
         block, ``(token, feature)`` otherwise; bfloat16 as float32 with the attribute
         ``source_dtype``. Coordinates of ``token``: ``pass_index``, ``batch_item``,
-        ``position``, ``token_id``, ``token_text``, ``step``, ``is_padding``, annotations. Close
-        it, or use it as a context manager, to close the file.
+        ``position``, ``token_id``, ``token_text``, ``step``, ``is_padding``, annotations. Its
+        accessor ``actstore`` chooses rows and layers. Close it, or use it as a context manager,
+        to close the file.
 
     Raises
     ------
@@ -134,12 +135,13 @@ def _by_shards(dataset: xr.Dataset) -> xr.Dataset:
 def _over_archive(folder: Path) -> xr.Dataset:
     """Open an archive; its large arrays are read by us, which is faster, what we can't by zarr."""
     dataset = store.open_xarray(folder)
+    ours = {}
     for name, reader in store.sharded_rows(folder.absolute()).items():
         if name in dataset.data_vars:
             variable = dataset.variables[name]
             lazy = indexing.LazilyIndexedArray(_Shards(reader))
-            dataset[name] = xr.Variable(variable.dims, lazy, variable.attrs, variable.encoding)
-    return dataset
+            ours[name] = xr.Variable(variable.dims, lazy, variable.attrs, variable.encoding)
+    return dataset.assign(ours)
 
 
 def _over_log(reader: StreamReader) -> xr.Dataset:

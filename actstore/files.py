@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from actstore.errors import ConfigError, MissingFileError
 
 __all__ = [
     "LockedError",
     "atomic_write",
+    "exchange",
     "existing",
     "free_name",
     "fsync_file",
     "fsync_folder",
     "is_locked",
+    "link_or_copy",
     "lock",
     "replace",
     "write_new",
 ]
+
+
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 
 
 class LockedError(OSError):
@@ -80,6 +88,38 @@ def replace(source: Path, target: Path) -> None:
     fsync_folder(target.parent)
     if source.parent != target.parent:
         fsync_folder(source.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> int:
+    """Let a file have a second name, or copy it where that can't be; give its bytes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
+        fsync_file(target)
+    return target.stat().st_size
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two folders have each other's names, durably: at once, where the system can.
+
+    Elsewhere ``other`` has no name for a moment.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(other))
+        aside = free_name(one)
+        other.rename(aside)
+        one.rename(other)
+        aside.rename(one)
+    fsync_folder(other.parent)
+    fsync_folder(one.parent)
 
 
 def free_name(path: Path) -> Path:

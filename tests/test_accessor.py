@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,11 +199,21 @@ def test_last_positions_are_the_last_rows_that_are_no_padding(
     assert_rows(dataset.actstore.last_positions(), whole, list(last.values()))
 
 
-def test_passes_of_several_runs_are_told_apart(whole: xr.Dataset) -> None:
-    one = whole[["resid"]]
-    runs = [one.assign_coords(run=("token", [number] * 16)) for number in (0, 1)]
-    twice = xr.concat(runs, "token", join="exact", coords="minimal", compat="override")
-    assert twice.actstore.last_positions().run.values.tolist() == [0] * 7 + [1] * 7
+def test_passes_and_steps_of_several_logs_are_told_apart(tmp_path: Path) -> None:
+    logs = [decoder_log(tmp_path / f"{run}.stream", steps=1, run=run).path for run in "ab"]
+    joined = actstore.compact(logs, tmp_path / "run.zarr").path
+    with actstore.open_dataset(joined) as found:
+        whole, rows = found.copy().load(), found.actstore
+        assert_rows(rows.last_positions(), whole, [4, 9, 10, 11, 16, 21, 22, 23])
+        assert_rows(rows.steps(), whole, [4, 9, 10, 11, 16, 21, 22, 23])
+        assert_rows(rows.steps(slice(-1, None)), whole, [11, 23])
+        assert_rows(rows.sequence(1, 1, run=1), whole, [23])
+        assert_rows(rows.where(run=1).actstore.sequence(1, 1), whole, [23])
+        assert "run" in rows.table()
+        with pytest.raises(ConfigError, match=r"pass 1 is in each of the runs \[0, 1\]"):
+            rows.sequence(1)
+        with pytest.raises(ConfigError, match="no rows"):
+            rows.sequence(1, run=2)
 
 
 def test_a_sequence_is_all_rows_of_one_item_of_one_pass(
@@ -210,6 +221,9 @@ def test_a_sequence_is_all_rows_of_one_item_of_one_pass(
 ) -> None:
     assert_rows(dataset.actstore.sequence(0), whole, range(4))
     assert_rows(dataset.actstore.sequence(2, 1), whole, [12, 13])
+    assert_rows(dataset.actstore.sequence(2, 1, run=0), whole, [12, 13])
+    with pytest.raises(ConfigError, match="no rows"):
+        dataset.actstore.sequence(2, 1, run=1)
     for wrong in ((4, 0), (0, 2), (-1, 0)):
         with pytest.raises(ConfigError, match="passes 0 to 3"):
             dataset.actstore.sequence(*wrong)
@@ -296,6 +310,17 @@ def test_choices_follow_each_other(
             found = choose(found.actstore)
             left = left[np.asarray(oracle(whole.isel(token=left)), np.int64)]
         assert_rows(found, whole, left)
+
+
+def test_of_no_rows_none_can_be_chosen(dataset: xr.Dataset, whole: xr.Dataset) -> None:
+    none = dataset.actstore.tokens([])
+    for choose in (none.actstore.drop_padding, none.actstore.steps, none.actstore.last_positions):
+        assert_rows(choose(), whole, [])
+    assert_rows(none.actstore.tokens("Paris"), whole, [])
+    assert none.actstore.table().shape == (0, 9)
+    assert none.actstore.layer("h.2.mlp").shape == (0, 6)
+    with pytest.raises(ConfigError, match="no rows at all"):
+        none.actstore.sequence(0)
 
 
 def test_the_table_has_every_label_of_the_rows(dataset: xr.Dataset, whole: xr.Dataset) -> None:
@@ -458,9 +483,11 @@ def test_a_layer_is_found_after_layers_were_chosen(
     ):
         for name in ("h.2.mlp", "blocks.2.hook_mlp_out", "h.2.mlp.down"):
             np.testing.assert_array_equal(chosen.actstore.layer(name).values, wanted)
-    for name in ("h.2.mlp", "blocks.2.hook_mlp_out", "h.2.mlp.down"):
-        with pytest.raises(ConfigError, match="no layer"):
-            dataset.sel(layer=0).actstore.layer(name)
+    for chosen in (dataset.sel(layer=0), dataset.sel(layer=2, drop=True)):
+        assert "h.2.mlp" not in chosen.actstore.layers
+        for name in ("h.2.mlp", "blocks.2.hook_mlp_out", "h.2.mlp.down"):
+            with pytest.raises(ConfigError, match="no layer"):
+                chosen.actstore.layer(name)
 
 
 def test_layers_lists_those_that_have_rows(dataset: xr.Dataset) -> None:
@@ -537,15 +564,21 @@ def test_every_layer_of_a_model_is_what_it_returned(tmp_path: Path, name: str) -
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Give what is read of a store's files: the file, and which bytes of it."""
+    """Give what is read of an archive's arrays: the file, and where in it; None if it is whole."""
     seen: list[tuple[str, Any]] = []
-    honest = zarr.storage.LocalStore.get
+    get, pread = zarr.storage.LocalStore.get, os.pread
 
-    async def get(self: Any, key: str, prototype: Any, byte_range: Any = None) -> Any:
-        seen.append((key, byte_range))
-        return await honest(self, key, prototype, byte_range)
+    async def get_seen(self: Any, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        seen.append((key, None if byte_range is None else getattr(byte_range, "start", "index")))
+        return await get(self, key, prototype, byte_range)
 
-    monkeypatch.setattr(zarr.storage.LocalStore, "get", get)
+    def pread_seen(file: int, length: int, offset: int) -> bytes:
+        path = str(Path(f"/proc/self/fd/{file}").readlink())
+        seen.append((path.partition(".zarr/")[2], offset))
+        return pread(file, length, offset)
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", get_seen)
+    monkeypatch.setattr(os, "pread", pread_seen)
     return seen
 
 
@@ -563,11 +596,9 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chunks_read(read: list[tuple[str, Any]], name: str) -> list[tuple[str, int]]:
     """Give the inner chunks of an array that were read: by ranges, or with their whole shard."""
     found = []
-    for key, extent in read:
-        if key.startswith(f"{name}/") and extent is None:
-            found += [(key, -place) for place in range(8)]
-        elif key.startswith(f"{name}/") and hasattr(extent, "start"):  # not the shard's index
-            found.append((key, extent.start))
+    for key, start in read:
+        if key.startswith(f"{name}/") and start != "index":
+            found += [(key, start)] if start is not None else [(key, -at) for at in range(8)]
     return found
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "is_archive",
     "metadata_crc",
     "open_xarray",
+    "read_arrays",
     "read_attributes",
     "read_part",
     "read_rows",
@@ -248,10 +249,17 @@ def open_xarray(path: Path) -> xr.Dataset:
     return dataset
 
 
+def read_arrays(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Read the metadata of all arrays of an archive, by their names."""
+    below = json.loads(_read_root(folder / "zarr.json"))["consolidated_metadata"]["metadata"]
+    return {name: said for name, said in below.items() if said["node_type"] == "array"}
+
+
 def sharded_rows(folder: Path) -> dict[str, ShardedRows]:
     """Give what reads each array of values of an archive, where it has the form that we write."""
-    below = json.loads(_read_root(folder / "zarr.json"))["consolidated_metadata"]["metadata"]
-    found = {name: ShardedRows.of(folder / name, said) for name, said in below.items()}
+    found = {
+        name: ShardedRows.of(folder / name, said) for name, said in read_arrays(folder).items()
+    }
     return {name: one for name, one in found.items() if one is not None and "/" not in name}
 
 

@@ -5,7 +5,8 @@ No payload is read. Statistics of the values are ``actstore.analysis``'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from actstore import dtypes
 from actstore.packet import LayerInfo
 from actstore.stream.reader import StreamReader
 
-__all__ = ["summarise", "summarise_all", "summarise_tokens"]
+__all__ = ["merge", "summarise", "summarise_tokens"]
 
 _SHAPES = 16
+_NOTHING = dict.fromkeys(("count", "bytes", "raw_bytes", "aliases"), 0)
 _SUMS = (
     *("packets", "total_compressed_bytes", "total_raw_bytes", "file_bytes", "passes", "tokens"),
 )
@@ -66,8 +68,8 @@ def summarise(reader: StreamReader) -> dict[str, Any]:
     }
 
 
-def summarise_all(readers: Sequence[StreamReader]) -> dict[str, Any]:
-    """Count packets and bytes of several logs together.
+def merge(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Put together what `summarise` says of several logs, at least one.
 
     Returns
     -------
@@ -75,21 +77,19 @@ def summarise_all(readers: Sequence[StreamReader]) -> dict[str, Any]:
         As `summarise` has it: sums; ``stream_path`` and ``compression`` of the first log,
         ``summary`` of one alone, and no rates of several.
     """
-    found, *others = map(summarise, readers)
-    for one in others:
-        for name in _SUMS:
-            found[name] += one[name]
+    found = copy.deepcopy(dict(given[0]))
+    for one in given[1:]:
+        found |= {name: found[name] + one[name] for name in _SUMS}
         for name, layer in one["per_layer"].items():
-            known = found["per_layer"].setdefault(name, layer)
-            if known is not layer:
-                for count in ("count", "bytes", "raw_bytes", "aliases"):
-                    known[count] += layer[count]
-                known["dtypes"] = sorted({*known["dtypes"], *layer["dtypes"]})
-                known["shapes"] += [one for one in layer["shapes"] if one not in known["shapes"]]
-                del known["shapes"][_SHAPES:]
+            known = found["per_layer"].setdefault(name, {**layer, **_NOTHING})
+            known |= {count: known[count] + layer[count] for count in _NOTHING}
+            known["dtypes"] = sorted({*known["dtypes"], *layer["dtypes"]})
+            shapes = known["shapes"]
+            known["shapes"] = [*shapes, *(one for one in layer["shapes"] if one not in shapes)]
+            del known["shapes"][_SHAPES:]
         found["dtypes"] = sorted({*found["dtypes"], *one["dtypes"]})
         found["complete"] &= one["complete"]
-    if others:
+    if len(given) > 1:
         encoded = found["total_compressed_bytes"]
         found["compression_ratio"] = found["total_raw_bytes"] / encoded if encoded else 1.0
         found |= {"summary": {}, "duration_seconds": None}

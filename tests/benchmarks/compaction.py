@@ -45,6 +45,7 @@ from actstore import codecs, dtypes, files
 from actstore.stream.rows import widen
 
 LAYERS, ROWS, WIDTH = 8, 512, 1024
+PASS_BYTES = LAYERS * ROWS * WIDTH * 2
 THREADS = 2
 _MEGA = 1 << 20
 
@@ -273,7 +274,7 @@ def main(argv: Sequence[str]) -> None:
         folder = Path(name)
         log = make_log(folder / "run.stream", given.passes)
         found = measure(log, folder, given.rounds)
-        nbytes = given.passes * LAYERS * ROWS * WIDTH * 2
+        nbytes = given.passes * PASS_BYTES
         print(f"{machine()}; {nbytes / 1e9:.2f} GB\n\n{table(found, nbytes)}\n")
         over = peak(log, folder / "b.zarr", nbytes / 10e9)
         print(json.dumps({"budget": nbytes / 10, "peak": over}))
