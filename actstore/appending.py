@@ -60,7 +60,7 @@ def append(
 
     Readers see the old archive until the grown one is whole and verified, then that. Shards that
     were full are not written again; the last of each layer, which wasn't, is. A killed call is
-    gone on with by the same call.
+    gone on with by the same call. Datasets that were opened before are to be opened again.
 
     Parameters
     ----------

@@ -408,6 +408,11 @@ class Stage:
         return self._failure
 
     @property
+    def closed(self) -> bool:
+        """Whether nothing can be staged any more."""
+        return self._closed
+
+    @property
     def forked(self) -> bool:
         """Whether this is a fork of the process that captures."""
         return os.getpid() != self._process

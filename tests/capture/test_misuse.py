@@ -18,6 +18,7 @@ from oracle import capturing, framework, hooks_of, quiet, read
 from tiny_models import Each, sequential
 
 import actstore
+from actstore.capture.hooks import Hooks
 from actstore.config import HookConfig, HookGranularity
 from actstore.errors import ActstoreError, ActstoreWarning, CaptureError, ConfigError
 from actstore.stream.reader import open_stream
@@ -423,6 +424,23 @@ def test_an_interrupt_while_the_log_is_closed_lets_the_writer_end_first(
     assert was_left == [False]
     with open_stream(log) as reader:
         assert (reader.packet_count, reader.complete) == (7, False)
+
+
+def test_an_interrupt_while_hooks_are_taken_away_is_not_hidden(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, honest = sequential(), Hooks._remove
+
+    def interrupted(self: Hooks) -> None:
+        monkeypatch.setattr(Hooks, "_remove", honest)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), capturing(model, log):
+        model[0](torch.ones(1, 8))  # opens a pass that nothing closes
+        monkeypatch.setattr(Hooks, "_remove", interrupted)
+    assert not hooks_of(model)
+    with open_stream(log) as reader:
+        assert reader.packet_count == 1
 
 
 def test_hooks_of_others_stay_where_they_are(log: Path) -> None:
