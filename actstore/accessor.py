@@ -19,7 +19,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from actstore import hook_names
-from actstore.archive.coordinates import ROW_LABELS
+from actstore.archive.coordinates import ROW_LABELS, prefix_of
 from actstore.errors import ConfigError
 
 __all__ = ["ActstoreAccessor", "remember_lazy"]
@@ -342,9 +342,8 @@ def _token_axes(dataset: xr.Dataset) -> dict[str, _TokenAxis]:
             labels.setdefault(str(dims[0]), []).append(str(name))
     axes = {}
     for dim, names in labels.items():
-        passes = [one for one in names if f"_{one}".endswith("_pass_index")]
-        if passes:
-            prefix = min(passes, key=len).removesuffix("pass_index")
+        prefix = prefix_of(names)
+        if prefix is not None:
             known = [prefix + one for one in ROW_LABELS if prefix + one in names]
             axes[dim] = _TokenAxis(dataset, dim, prefix, tuple(dict.fromkeys(known + names)))
     return axes

@@ -6,10 +6,9 @@ and the logs'; then they change names. Shards that are full are the same files i
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,19 +19,23 @@ from numpy.typing import NDArray
 
 from actstore import files
 from actstore.archive import layout, store
-from actstore.archive.coordinates import RUN, STRING, Coordinate
-from actstore.archive.grid import Segments, Shard
+from actstore.archive.coordinates import RUN, STRING, Coordinate, prefix_of
+from actstore.archive.grid import Segments
 from actstore.archive.reading import ShardedRows
 from actstore.compaction import (
     CompactionReport,
     Content,
     Job,
+    Pathlike,
     Progress,
+    Read,
     Reader,
     check_workers,
+    dense_jobs,
     element_reader,
     fitting,
     opened,
+    ragged_jobs,
     row_reader,
     write_archive,
 )
@@ -41,9 +44,7 @@ from actstore.stream import summary
 
 __all__ = ["append"]
 
-Pathlike = str | os.PathLike[str]
 Integers = NDArray[np.int64]
-_Read = Callable[[int, int], NDArray[Any]]
 _OF_THE_ARCHIVE: Final = -1  # for the packet of a row that is no log's
 
 
@@ -93,9 +94,9 @@ def append(
     grown = place.with_name(f".{place.name}.grown")
     shutil.rmtree(grown, ignore_errors=True)  # of a call that was killed before its last step
     with opened(streams, None, None) as reader:
-        content = _together(old, Content.of(reader, tokenizer), reader)
-        threads = fitting(content.jobs, workers, max_memory_gb)
-        made = write_archive(content, grown, old.attributes["profile"], threads, progress)
+        content, jobs = _together(old, Content.of(reader, tokenizer), reader)
+        threads = fitting(jobs, workers, max_memory_gb)
+        made = write_archive(content, jobs, grown, old.attributes["profile"], threads, progress)
     files.exchange(grown, place)
     shutil.rmtree(grown)
     return CompactionReport(path=place, seconds=time.monotonic() - began, **made)
@@ -111,7 +112,8 @@ class _Old:
 
     @classmethod
     def open(cls, folder: Path) -> _Old:
-        return cls(folder, store.read_attributes(folder), store.read_arrays(folder))
+        root = store.read_root(folder)
+        return cls(folder, root["attributes"], store.arrays_of(root))
 
     def values(self, name: str) -> NDArray[Any]:
         """Read a small array whole."""
@@ -144,8 +146,8 @@ def _refused(why: str) -> ArchiveError:
     return ArchiveError(msg)
 
 
-def _together(old: _Old, new: Content, reader: Reader) -> Content:
-    """Plan the grown archive."""
+def _together(old: _Old, new: Content, reader: Reader) -> tuple[Content, list[Job]]:
+    """Plan the grown archive, and its shards."""
     known = {one.get("run_id") for one in old.attributes["runs"]}
     for one in new.runs:
         if one.get("run_id") in known:
@@ -175,14 +177,14 @@ def _together(old: _Old, new: Content, reader: Reader) -> Content:
         {dim: rows[dim] + count for dim, count in plan.rows.items()},
         plan.aliases,
     )
-    return Content(
+    content = Content(
         grown,
-        tuple(jobs),
         {group: _table(group, columns, old) for group, columns in new.tables.items()},
         (*old.attributes["runs"], *new.runs),
         (*old.attributes["provenance"]["logs"], *new.logs),
         summary.merge([old.attributes["analysis"], new.analysis]),
     )
+    return content, jobs
 
 
 # -- values -------------------------------------------------------------------------------------
@@ -240,30 +242,17 @@ def _more(new: layout.Ragged, old: _Old) -> layout.Ragged:
 def _dense_jobs(
     new: layout.Variable, grown: layout.Variable, old: _Old, reader: Reader
 ) -> Iterator[Job]:
-    rows, axis = old.rows(new.name), new.token_axis
-    before = grown.rows - new.rows
-    for place, module in enumerate(grown.modules):
+    rows, before = old.rows(new.name), grown.rows - new.rows
+    reads = []
+    for place in range(len(grown.modules)):
         theirs = row_reader(reader, new, place)
-        read = _joined(
-            partial(_read_rows, rows, place),
-            partial(theirs.read, fill=new.fill) if theirs else partial(_missing, new),
-            before,
-        )
-        for shard in grown.cut(place):
-            job = Job(
-                grown.name,
-                (place,) * axis,
-                len(grown.row_shape),
-                shard,
-                grown.array_row_bytes,
-                grown.fill,
-                {module: shard.rows * grown.row_bytes},
-                read,
-            )
-            yield _linked(job, shard, old, before, grown.shards, grown.chunks)
+        later = partial(theirs.read, fill=new.fill) if theirs else partial(_missing, new)
+        reads.append(_joined(partial(_read_rows, rows, place), later, before))
+    for job in dense_jobs(grown, reads):
+        yield _linked(job, grown, old, before)
 
 
-def _joined(mine: _Read, theirs: _Read, before: int) -> _Read:
+def _joined(mine: Read, theirs: Read, before: int) -> Read:
     """Give what reads rows, or elements, that are the archive's up to ``before``."""
 
     def read(first: int, last: int) -> NDArray[Any]:
@@ -287,33 +276,26 @@ def _missing(variable: layout.Variable, first: int, last: int) -> NDArray[Any]:
 def _ragged_jobs(
     new: layout.Ragged, grown: layout.Ragged, old: _Old, reader: Reader
 ) -> Iterator[Job]:
-    rows, name = old.rows(grown.values_name), grown.values_name
-    elements = element_reader(reader, new)
     before = grown.size - new.size
-    names = [grown.modules[block] for block in old.values(f"{grown.name}_layer").tolist()]
-    ids = {info.id: info.name for info in reader.layers.values()}
-    names += [ids[one] for one in reader.table.layer[new.packets].tolist()]
-    ends = np.append(grown.offsets[1:], grown.size)
-    read = _joined(partial(_read_rows, rows, 0), elements.read, before)
-    for shard in grown.cut():
-        inside = np.minimum(ends, shard.last) - np.maximum(grown.offsets, shard.first)
-        owners: dict[str, int] = {}
-        for at in np.flatnonzero(inside > 0).tolist():
-            nbytes = int(inside[at]) * grown.source.itemsize
-            owners[names[at]] = owners.get(names[at], 0) + nbytes
-        job = Job(name, (), 0, shard, grown.source.array.itemsize, 0, owners, read)
-        yield _linked(job, shard, old, before, grown.shards, grown.chunks)
+    ids = {block: reader.layers[name].id for block, name in grown.modules.items()}
+    mine = [ids[block] for block in old.values(f"{grown.name}_layer").tolist()]
+    layers = np.append(np.array(mine, np.int64), reader.table.layer[new.packets])
+    read = _joined(
+        partial(_read_rows, old.rows(grown.values_name), 0),
+        element_reader(reader, new).read,
+        before,
+    )
+    for job in ragged_jobs(grown, layers, reader, read):
+        yield _linked(job, grown, old, before)
 
 
-def _linked(
-    job: Job, shard: Shard, old: _Old, before: int, grid: tuple[int, ...], chunks: tuple[int, ...]
-) -> Job:
+def _linked(job: Job, grown: layout.Variable | layout.Ragged, old: _Old, before: int) -> Job:
     """Let a shard be the archive's file, where that is cut the same way and full."""
-    said = old.arrays[job.name]
+    said, shard = old.arrays[job.name], job.shard
     inner = said["codecs"][0]["configuration"]["chunk_shape"]
-    same = said["chunk_grid"]["configuration"]["chunk_shape"] == list(grid)
-    full = shard.first + shard.chunk_rows * shard.present.size <= before
-    if same and inner == list(chunks) and full:
+    outer = said["chunk_grid"]["configuration"]["chunk_shape"]
+    same = (tuple(outer), tuple(inner)) == (grown.shards, grown.chunks)
+    if same and shard.first + shard.chunk_rows * shard.present.size <= before:
         return replace(job, link=old.folder / job.file)
     return job
 
@@ -324,7 +306,10 @@ def _linked(
 def _labels(plan: layout.Plan, old: _Old) -> tuple[Coordinate, ...]:
     """Give the labels of the archive's rows and packets, and of the logs' behind them."""
     of_packets = {f"{one.name}_packet": one for one in plan.ragged}
-    runs = {f"{_prefix(plan, dim)}{RUN}": dim for dim in plan.rows}
+    labels = [
+        (dim, [one.name for one in plan.coordinates if one.dims == (dim,)]) for dim in plan.rows
+    ]
+    runs = {f"{prefix_of(names)}{RUN}": dim for dim, names in labels}
     runs |= {f"{one.name}_{RUN}": dim for dim, one in of_packets.items()}
     theirs = {one.name: one for one in plan.coordinates}
     _check_labels(theirs, old, {*plan.rows, *of_packets}, set(runs))
@@ -359,14 +344,6 @@ def _check_labels(
         known = "/" in name or name in theirs or name in others
         if not known and (said["dimension_names"] or [""])[0] in grows:
             raise _refused(f"they have no label {name!r}")
-
-
-def _prefix(plan: layout.Plan, dim: str) -> str:
-    """Give what the names of a token axis's labels begin with."""
-    names = [one.name for one in plan.coordinates if one.dims == (dim,)]
-    return min((one for one in names if f"_{one}".endswith("_pass_index")), key=len).removesuffix(
-        "pass_index"
-    )
 
 
 def _joined_label(

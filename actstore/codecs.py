@@ -184,9 +184,9 @@ def decode(
             msg = f"a raw block of {raw_length} bytes has {len(encoded)}"
             raise FormatError(msg)
         return np.frombuffer(encoded, np.uint8)
-    _check_frame(encoded, raw_length)  # before memory is taken
+    _check_frame(config, encoded, raw_length)  # before memory is taken
     out = np.empty(raw_length, np.uint8)
-    decode_into(config, encoded, out)
+    _decompress(encoded, out)
     return out
 
 
@@ -198,8 +198,11 @@ def decode_into(config: Mapping[str, Any] | None, encoded: bytes | memoryview, o
             raise FormatError(msg)
         out[:] = np.frombuffer(encoded, np.uint8)
         return
-    check_config(config)
-    _check_frame(encoded, out.nbytes)
+    _check_frame(config, encoded, out.nbytes)
+    _decompress(encoded, out)
+
+
+def _decompress(encoded: bytes | memoryview, out: Bytes) -> None:
     try:
         blosc.decompress(encoded, out)
     except RuntimeError as error:
@@ -207,8 +210,9 @@ def decode_into(config: Mapping[str, Any] | None, encoded: bytes | memoryview, o
         raise FormatError(msg) from error
 
 
-def _check_frame(encoded: bytes | memoryview, raw_length: int) -> None:
+def _check_frame(config: Mapping[str, Any], encoded: bytes | memoryview, raw_length: int) -> None:
     """Compare what a Blosc frame says of itself with what the record says."""
+    check_config(config)
     if len(encoded) < _FRAME.size:
         msg = f"a Blosc frame has at least {_FRAME.size} bytes; found {len(encoded)}"
         raise FormatError(msg)

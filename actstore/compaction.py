@@ -41,12 +41,14 @@ __all__ = [
     "Job",
     "check_workers",
     "compact",
+    "dense_jobs",
     "differences",
     "element_reader",
     "fitting",
     "opened",
     "paths_of",
     "plan_log",
+    "ragged_jobs",
     "row_reader",
     "runs_of",
     "write_archive",
@@ -54,6 +56,8 @@ __all__ = [
 
 #: Called with the bytes that are done and those that there are.
 Progress = Callable[[int, int], None]
+#: Gives rows, or elements, from the first to before the last.
+Read = Callable[[int, int], NDArray[Any]]
 Pathlike = str | os.PathLike[str]
 Reader = StreamReader | JoinedReader
 
@@ -120,14 +124,14 @@ class Job:
     row_bytes: int
     fill: Any
     owners: Mapping[str, int]
-    read: Callable[[int, int], NDArray[Any]]
+    read: Read
     link: Path | None = None
 
     @property
     def file(self) -> str:
         """Its file, within the archive."""
         place = (*self.place, self.shard.number, *(0,) * self.trailing)
-        return "/".join((self.name, "c", *map(str, place)))
+        return shards.shard_path(Path(), self.name, place).as_posix()
 
     @property
     def raw_bytes(self) -> int:
@@ -155,8 +159,6 @@ class Content:
     ----------
     plan : layout.Plan
         Its arrays and labels.
-    jobs : tuple of Job
-        Its shards.
     tables : mapping of str to mapping of str to numpy.ndarray
         The columns of the groups ``tokens`` and ``passes``.
     runs : tuple of mapping
@@ -168,7 +170,6 @@ class Content:
     """
 
     plan: layout.Plan
-    jobs: tuple[Job, ...]
     tables: Mapping[str, Mapping[str, NDArray[Any]]]
     runs: tuple[Mapping[str, Any], ...]
     logs: tuple[Mapping[str, Any], ...]
@@ -180,7 +181,6 @@ class Content:
         plan, logs, runs = plan_log(reader, tokenizer), _logs(reader), runs_of(reader)
         return cls(
             plan,
-            tuple(_jobs(reader, plan)),
             {
                 "tokens": token_columns(reader.tokens, runs),
                 "passes": pass_columns(reader.passes, runs),
@@ -198,16 +198,13 @@ class Content:
             summary.merge([summary.summarise(one) for one in logs]),
         )
 
-    @property
-    def fingerprint(self) -> str:
-        """What tells one making of an archive from another: the logs and the plan."""
+    def fingerprint(self, jobs: Sequence[Job]) -> str:
+        """Give what tells one making of an archive from another: the logs, plan and shards."""
         said = {
             "writer": actstore.__version__,
             "format": store.VERSION,
             "logs": self.logs,
-            "shards": [
-                (one.file, one.shard.first, one.shard.last, one.raw_bytes) for one in self.jobs
-            ],
+            "shards": [(one.file, one.shard.first, one.shard.last, one.raw_bytes) for one in jobs],
             "arrays": [
                 (one.name, one.dims, one.shape, one.source.name) for one in self.plan.variables
             ],
@@ -280,8 +277,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     _check_target(target)
     with opened(paths, shapes, dtypes) as reader:
         content = Content.of(reader, tokenizer)
-        threads = fitting(content.jobs, workers, max_memory_gb)
-        made = write_archive(content, target, profile, threads, progress)
+        jobs = list(_jobs(reader, content.plan))
+        threads = fitting(jobs, workers, max_memory_gb)
+        made = write_archive(content, jobs, target, profile, threads, progress)
     if remove_logs:
         for path in paths:
             path.unlink()
@@ -327,7 +325,12 @@ def fitting(jobs: Sequence[Job], workers: int, gigabytes: float) -> int:
 
 
 def write_archive(
-    content: Content, target: Path, profile: str, threads: int, progress: Progress | None
+    content: Content,
+    jobs: Sequence[Job],
+    target: Path,
+    profile: str,
+    threads: int,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Write an archive, or go on with one; give what a report says of it.
 
@@ -336,10 +339,10 @@ def write_archive(
     ArchiveError
         It can't be written, or doesn't read back.
     """
-    making = Journal(target, f"{content.fingerprint} {profile}", _now())
+    making = Journal(target, f"{content.fingerprint(jobs)} {profile}", _now())
     try:
         with making as journal:
-            made = _write(content, journal, profile, threads, progress)
+            made = _write(content, jobs, journal, profile, threads, progress)
             journal.finish()
     except OSError as error:
         if isinstance(error, ActstoreError):
@@ -443,13 +446,14 @@ def element_reader(reader: Reader, ragged: layout.Ragged) -> ElementReader:
 
 def _write(
     content: Content,
+    jobs: Sequence[Job],
     journal: Journal,
     profile: str,
     threads: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Write an archive, shard by verified shard."""
-    plan, jobs = content.plan, content.jobs
+    plan = content.plan
     total, resumed = sum(job.raw_bytes for job in jobs), len(journal.done)
     done = sum(job.raw_bytes for job in jobs if job.file in journal.done)
     if progress is not None and resumed:
@@ -506,48 +510,65 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
 def _jobs(reader: Reader, plan: layout.Plan) -> Iterator[Job]:
     """Give the shards to write: those that hold anything."""
     for one in plan.variables:
-        axis = one.token_axis
-        for place, module in enumerate(one.modules):
-            rows = row_reader(reader, one, place)
-            if rows is None:
-                continue
-            for shard in one.cut(place):
-                owners, trailing = {module: shard.rows * one.row_bytes}, len(one.row_shape)
-                read = partial(rows.read, fill=one.fill)
-                yield Job(
-                    one.name,
-                    (place,) * axis,
-                    trailing,
-                    shard,
-                    one.array_row_bytes,
-                    one.fill,
-                    owners,
-                    read,
-                )
+        rows = [row_reader(reader, one, place) for place in range(len(one.modules))]
+        reads = [partial(mine.read, fill=one.fill) if mine else None for mine in rows]
+        yield from dense_jobs(one, reads)
     for ragged in plan.ragged:
-        elements = element_reader(reader, ragged)
-        for shard in ragged.cut():
-            owners = _ragged_owners(reader, ragged, shard)
+        layers = reader.table.layer[ragged.packets]
+        yield from ragged_jobs(ragged, layers, reader, element_reader(reader, ragged).read)
+
+
+def dense_jobs(variable: layout.Variable, reads: Sequence[Read | None]) -> Iterator[Job]:
+    """Give the shards of a variable.
+
+    Parameters
+    ----------
+    variable : layout.Variable
+        The variable.
+    reads : sequence of callable or None
+        What reads the rows of each of its places; None where there are none.
+    """
+    for place, (module, read) in enumerate(zip(variable.modules, reads, strict=True)):
+        if read is None:
+            continue
+        for shard in variable.cut(place):
             yield Job(
-                ragged.values_name,
-                (),
-                0,
+                variable.name,
+                (place,) * variable.token_axis,
+                len(variable.row_shape),
                 shard,
-                ragged.source.array.itemsize,
-                0,
-                owners,
-                elements.read,
+                variable.array_row_bytes,
+                variable.fill,
+                {module: shard.rows * variable.row_bytes},
+                read,
             )
 
 
-def _ragged_owners(reader: Reader, ragged: layout.Ragged, shard: Shard) -> dict[str, int]:
-    """Give the raw bytes that each module has in a shard of a ragged array."""
+def ragged_jobs(
+    ragged: layout.Ragged, layers: NDArray[np.int64], reader: Reader, read: Read
+) -> Iterator[Job]:
+    """Give the shards of a ragged array.
+
+    Parameters
+    ----------
+    ragged : layout.Ragged
+        The array.
+    layers : numpy.ndarray
+        int64: of each of its packets the layer's id in the reader.
+    reader : StreamReader or JoinedReader
+        Names the layers.
+    read : callable
+        Reads its elements.
+    """
     names = {info.id: info.name for info in reader.layers.values()}
-    ends = np.append(ragged.offsets[1:], ragged.size)
-    inside = np.minimum(ends, shard.last) - np.maximum(ragged.offsets, shard.first)
-    layers = reader.table.layer[ragged.packets]
-    nbytes = inside.clip(0) * ragged.source.itemsize
-    return {names[one]: int(nbytes[layers == one].sum()) for one in np.unique(layers).tolist()}
+    kinds = np.unique(layers).tolist()
+    ends, itemsize = np.append(ragged.offsets[1:], ragged.size), ragged.source.itemsize
+    for shard in ragged.cut():
+        inside = np.minimum(ends, shard.last) - np.maximum(ragged.offsets, shard.first)
+        nbytes = inside.clip(0) * itemsize
+        owners = {names[one]: int(nbytes[layers == one].sum()) for one in kinds}
+        size = ragged.source.array.itemsize
+        yield Job(ragged.values_name, (), 0, shard, size, 0, owners, read)
 
 
 def _shares(owners: Mapping[str, int], nbytes: int) -> dict[str, int]:

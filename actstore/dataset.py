@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
@@ -95,7 +96,6 @@ def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
     """Open a log or an archive without dask; raises as `open_dataset` does."""
     place = files.existing(path, "open_dataset")
     if place.is_dir():
-        _check_archive(place)
         return _over_archive(place)
     if not (is_log(place) or is_legacy(place)):
         later = _LATER.get(place.suffix.lower())
@@ -111,9 +111,9 @@ def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
         raise
 
 
-def _check_archive(folder: Path) -> None:
+def _read_root(folder: Path) -> dict[str, Any]:
     try:
-        store.read_attributes(folder)
+        return store.read_root(folder)
     except UnsupportedVersionError:
         raise
     except FormatError as error:
@@ -134,10 +134,12 @@ def _by_shards(dataset: xr.Dataset) -> xr.Dataset:
 
 def _over_archive(folder: Path) -> xr.Dataset:
     """Open an archive; its large arrays are read by us, which is faster, what we can't by zarr."""
+    root = _read_root(folder)
     dataset = store.open_xarray(folder)
     ours = {}
-    for name, reader in store.sharded_rows(folder.absolute()).items():
-        if name in dataset.data_vars:
+    for name, said in store.arrays_of(root).items():
+        reader = ShardedRows.of(folder.absolute() / name, said)
+        if name in dataset.data_vars and reader is not None:
             variable = dataset.variables[name]
             lazy = indexing.LazilyIndexedArray(_Shards(reader))
             ours[name] = xr.Variable(variable.dims, lazy, variable.attrs, variable.encoding)
@@ -172,7 +174,7 @@ def _lazy(one: layout.Variable | layout.Ragged, array: BackendArray) -> xr.Varia
     return xr.Variable(one.dims, indexing.LazilyIndexedArray(array), one.attributes, encoding)
 
 
-class _Layers(BackendArray):
+class _Layers(BackendArray, ABC):
     """An array ``[layer,] rows, …``: reads what is asked for of rows and layers, and no others.
 
     Parameters
@@ -210,9 +212,9 @@ class _Layers(BackendArray):
             found = found[:, 0]
         return found if axis and not isinstance(key[0], int | np.integer) else found[0]
 
+    @abstractmethod
     def _layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Read rows of one layer: [n, …]."""
-        raise NotImplementedError
 
 
 class _Shards(_Layers):

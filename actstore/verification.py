@@ -20,7 +20,7 @@ import numpy as np
 from actstore import codecs, dtypes, files
 from actstore.archive import store
 from actstore.archive.checks import ArchiveCheck
-from actstore.compaction import differences
+from actstore.compaction import Pathlike, differences
 from actstore.errors import ActstoreWarning, ConfigError, FormatError, StreamCorruptError
 from actstore.stream import records
 from actstore.stream.legacy import LegacyReader, is_legacy
@@ -98,7 +98,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     decode: bool = False,
-    against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    against: Pathlike | Sequence[Pathlike] | None = None,
 ) -> Report:
     """Check every checksum of a log or an archive.
 
@@ -149,9 +149,7 @@ def verify(
     raise FormatError(msg)
 
 
-def _verify_archive(
-    folder: Path, against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
-) -> Report:
+def _verify_archive(folder: Path, against: Pathlike | Sequence[Pathlike] | None) -> Report:
     store.check_identity(folder)
     check = ArchiveCheck(folder)
     found = [Damaged(one.where, -1, one.reason) for one in check.findings()]

@@ -32,7 +32,7 @@ from actstore.errors import (
 from actstore.stream.rows import widen
 
 sys.path.insert(0, str(Path(__file__).parent / "archive"))
-from logs import LogBuilder, axis, decoder_log, random_values
+from logs import LogBuilder, axis, decoder_log, files_of, random_values
 
 SCHEMA = Path(__file__).parents[1] / "schemas" / "archive.schema.json"
 NAMES = sorted(dtypes.BY_NAME)
@@ -389,14 +389,6 @@ def test_a_damaged_log_gives_no_archive(tmp_path: Path) -> None:
 
 class StoppedError(Exception):
     """What a test raises from inside."""
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture

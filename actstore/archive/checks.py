@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import crc32c as castagnoli
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore.archive import store
-from actstore.archive.shards import check_shard
+from actstore.archive.shards import check_shard, is_sealed, shard_path
 from actstore.errors import FormatError
 
 __all__ = ["ArchiveCheck", "Finding"]
 
-_CRC: Final = struct.Struct("<I")
 _MOST_FINDINGS: Final = 100
 _MALFORMED: Final = (AttributeError, KeyError, IndexError, TypeError, ValueError)
 
@@ -193,7 +190,7 @@ class ArchiveCheck:
     def _shard(
         self, array: _Array, place: tuple[int, ...], companion: _Array | None
     ) -> Iterator[Finding]:
-        path = store.shard_path(self.folder, array.name, place)
+        path = shard_path(self.folder, array.name, place)
         name = str(path.relative_to(self.folder))
         wanted = self._wanted(array, place, companion)
         if not path.exists():
@@ -231,7 +228,7 @@ class ArchiveCheck:
     def _chunk(
         self, array: _Array, place: tuple[int, ...], _companion: _Array | None
     ) -> Iterator[Finding]:
-        path = store.shard_path(self.folder, array.name, place)
+        path = shard_path(self.folder, array.name, place)
         name = str(path.relative_to(self.folder))
         try:
             data = path.read_bytes()
@@ -240,5 +237,5 @@ class ArchiveCheck:
             return
         self._looked_at(path)
         self.checked["chunks"] += 1
-        if len(data) < _CRC.size or castagnoli.crc32c(data[:-4]) != _CRC.unpack(data[-4:])[0]:
+        if not is_sealed(data):
             yield Finding(name, "its bytes don't match their checksum")

@@ -23,6 +23,7 @@ __all__ = [
     "annotation_labels",
     "module_labels",
     "pass_columns",
+    "prefix_of",
     "row_labels",
     "row_tables",
     "token_columns",
@@ -119,6 +120,12 @@ def _prefix(dim: str, names: Names, labels: Sequence[str]) -> str:
         return ""
     ends = tuple(f"_{label}" for label in labels)
     return f"{names.give(dim.removesuffix('_token'), ends)}_"
+
+
+def prefix_of(labels: Iterable[str]) -> str | None:
+    """Give what the names of a token axis's labels begin with; None of no token axis's."""
+    passes = [one for one in labels if f"_{one}".endswith("_pass_index")]
+    return min(passes, key=len).removesuffix("pass_index") if passes else None
 
 
 def row_labels(

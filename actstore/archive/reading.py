@@ -7,7 +7,6 @@ array of another form than compaction writes is none of its business: zarr-pytho
 from __future__ import annotations
 
 import os
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
-import crc32c as castagnoli
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore import codecs
-from actstore.archive.shards import EMPTY
+from actstore.archive.shards import EMPTY, index_bytes, is_sealed, shard_path
 from actstore.errors import ArchiveError, FormatError
 
 __all__ = ["ShardedRows"]
 
 Integers = NDArray[np.int64]
-_CRC: Final = struct.Struct("<I")
 _INDICES: Final = 4096  # shards whose index is kept
 _ALONE: Final = 4  # chunks that are not worth threads
 
@@ -226,13 +223,13 @@ class ShardedRows:
         offset, length = map(int, index[number])
         if offset == length == EMPTY:
             return None
-        if length < _CRC.size or length > self._storage.chunk_bytes + (1 << 16):
+        if length > self._storage.chunk_bytes + (1 << 16):
             raise self._damaged(layer, chunk, f"the index says that it has {length} bytes")
         with self._path(layer, shard).open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), length, offset)
-        if len(data) < length or castagnoli.crc32c(memoryview(data)[:-4]) != _crc(data):
+        if len(data) < length or not is_sealed(data):
             raise self._damaged(layer, chunk, "its bytes don't match their checksum")
-        return memoryview(data)[: -_CRC.size]
+        return memoryview(data)[:-4]
 
     def _index(self, layer: int, shard: int, count: int) -> NDArray[np.uint64] | None:
         with self._lock:
@@ -240,7 +237,7 @@ class ShardedRows:
                 self._indices.move_to_end((layer, shard))
                 return self._indices[layer, shard]
         found = None
-        size = 16 * count + _CRC.size
+        size = index_bytes(count)
         try:
             with self._path(layer, shard).open("rb", buffering=0) as file:
                 file.seek(max(file.seek(0, os.SEEK_END) - size, 0))
@@ -248,7 +245,7 @@ class ShardedRows:
         except FileNotFoundError:
             pass
         else:
-            if len(data) < size or castagnoli.crc32c(data[:-4]) != _crc(data):
+            if len(data) < size or not is_sealed(data):
                 path = self._path(layer, shard)
                 msg = f"{path}: the shard's index doesn't match its checksum; see actstore.verify"
                 raise ArchiveError(msg)
@@ -261,13 +258,9 @@ class ShardedRows:
 
     def _path(self, layer: int, shard: int) -> Path:
         place = (*(layer,) * self.axis, shard, *(0,) * len(self._storage.row_shape))
-        return self.folder.joinpath("c", *map(str, place))
+        return shard_path(self.folder.parent, self.folder.name, place)
 
     def _damaged(self, layer: int, chunk: int, reason: str) -> ArchiveError:
         place = f" of layer {layer}" if self.axis else ""
         msg = f"{self.folder}: chunk {chunk}{place} is damaged: {reason}; see actstore.verify"
         return ArchiveError(msg)
-
-
-def _crc(data: bytes) -> int:
-    return int(_CRC.unpack(data[-_CRC.size :])[0])

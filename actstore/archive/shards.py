@@ -32,8 +32,11 @@ __all__ = [
     "codec_metadata",
     "encode_chunk",
     "encode_shard",
+    "index_bytes",
+    "is_sealed",
     "memory_of",
     "room",
+    "shard_path",
     "write_shard",
 ]
 
@@ -152,7 +155,7 @@ def room(chunk_bytes: int, written: int, count: int) -> int:
         How many of them are written, and how many there are.
     """
     chunk = chunk_bytes + codecs.FRAME_BYTES + _CRC.size
-    return chunk * written + _INDEX_BYTES * count + _CRC.size
+    return chunk * written + index_bytes(count)
 
 
 def encode_shard(
@@ -257,6 +260,22 @@ def _seal(out: Bytes, start: int, end: int) -> int:
     return end + _CRC.size
 
 
+def is_sealed(data: bytes) -> bool:
+    """Whether bytes end with the checksum of what stands before, as all chunks do."""
+    body, seal = memoryview(data)[: -_CRC.size], data[-_CRC.size :]
+    return len(data) >= _CRC.size and castagnoli.crc32c(body) == _CRC.unpack(seal)[0]
+
+
+def shard_path(folder: Path, name: str, place: tuple[int, ...]) -> Path:
+    """Give the file of a shard of an array, by its place in the grid of shards."""
+    return folder.joinpath(name, "c", *map(str, place))
+
+
+def index_bytes(count: int) -> int:
+    """Give the bytes of the index of so many chunks, at the end of a shard."""
+    return _INDEX_BYTES * count + _CRC.size
+
+
 def write_shard(path: Path, shard: Bytes) -> int:
     """Write a shard's file, durably, in a folder that no one reads yet; give its bytes.
 
@@ -300,7 +319,7 @@ def check_shard(path: Path, present: NDArray[np.bool_]) -> Iterator[tuple[int, s
     FileNotFoundError
         The file is gone.
     """
-    size = _INDEX_BYTES * present.size + _CRC.size
+    size = index_bytes(present.size)
     with path.open("rb") as file:
         end = path.stat().st_size - size
         if end < 0:
@@ -308,7 +327,7 @@ def check_shard(path: Path, present: NDArray[np.bool_]) -> Iterator[tuple[int, s
             return
         file.seek(end)
         tail = file.read(size)
-        if castagnoli.crc32c(tail[:-4]) != _CRC.unpack(tail[-4:])[0]:
+        if not is_sealed(tail):
             yield -1, "its index doesn't match its checksum"
             return
         places = np.frombuffer(tail[:-4], "<u8").reshape(-1, 2).tolist()
@@ -321,5 +340,5 @@ def check_shard(path: Path, present: NDArray[np.bool_]) -> Iterator[tuple[int, s
             else:
                 file.seek(offset)
                 chunk = file.read(length)
-                if castagnoli.crc32c(chunk[:-4]) != _CRC.unpack(chunk[-4:])[0]:
+                if not is_sealed(chunk):
                     yield number, "its bytes don't match their checksum"

@@ -21,7 +21,6 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from actstore import files
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import GROUPS, plain_json
-from actstore.archive.reading import ShardedRows
 from actstore.archive.shards import codec_metadata
 from actstore.errors import ArchiveError, FormatError, UnsupportedVersionError
 
@@ -29,16 +28,15 @@ __all__ = [
     "FORMAT",
     "VERSION",
     "ArchiveWriter",
+    "arrays_of",
     "check_identity",
     "is_archive",
     "metadata_crc",
     "open_xarray",
-    "read_arrays",
     "read_attributes",
     "read_part",
+    "read_root",
     "read_rows",
-    "shard_path",
-    "sharded_rows",
 ]
 
 FORMAT: Final = "actstore"
@@ -172,11 +170,6 @@ def metadata_crc(data: bytes) -> tuple[str, str]:
     return data[place:end].decode("ascii", "replace"), f"{found:08x}"
 
 
-def shard_path(folder: Path, name: str, place: tuple[int, ...]) -> Path:
-    """Give the file of a shard of an array, by its place in the grid of shards."""
-    return folder.joinpath(name, "c", *map(str, place))
-
-
 def is_archive(path: Path) -> bool:
     """Whether a folder is one of our archives, of whatever version."""
     try:
@@ -188,8 +181,8 @@ def is_archive(path: Path) -> bool:
     return True
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
-    """Read the root attributes of an archive.
+def read_root(path: Path) -> dict[str, Any]:
+    """Read the root metadata of an archive: its attributes, and the metadata of all in it.
 
     Raises
     ------
@@ -201,8 +194,8 @@ def read_attributes(path: Path) -> dict[str, Any]:
     place = path / "zarr.json"
     wanted = f"wanted a Zarr v3 group whose attribute 'format' is {FORMAT!r}"
     try:
-        attributes = json.loads(_read_root(place))["attributes"]
-        kind, version = attributes["format"], attributes["format_version"]
+        root: dict[str, Any] = json.loads(_read_json(place))
+        kind, version = (root["attributes"][name] for name in ("format", "format_version"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         msg = f"{path} is no archive of actstore: {wanted}; {error!r}"
         raise FormatError(msg) from error
@@ -215,10 +208,15 @@ def read_attributes(path: Path) -> dict[str, Any]:
             "install the version that wrote it, or open it with xarray.open_zarr"
         )
         raise UnsupportedVersionError(msg)
-    return dict(attributes)
+    return root
 
 
-def _read_root(place: Path) -> bytes:
+def read_attributes(path: Path) -> dict[str, Any]:
+    """Read the root attributes of an archive; raises as `read_root` does."""
+    return dict(read_root(path)["attributes"])
+
+
+def _read_json(place: Path) -> bytes:
     """Read metadata, unless it is larger than any that is worth parsing."""
     if place.stat().st_size > _JSON_LIMIT:
         msg = f"{place} is over {_JSON_LIMIT} bytes"
@@ -249,18 +247,10 @@ def open_xarray(path: Path) -> xr.Dataset:
     return dataset
 
 
-def read_arrays(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """Read the metadata of all arrays of an archive, by their names."""
-    below = json.loads(_read_root(folder / "zarr.json"))["consolidated_metadata"]["metadata"]
+def arrays_of(root: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Give the metadata of all arrays of an archive, by their names, of what `read_root` read."""
+    below = root["consolidated_metadata"]["metadata"]
     return {name: said for name, said in below.items() if said["node_type"] == "array"}
-
-
-def sharded_rows(folder: Path) -> dict[str, ShardedRows]:
-    """Give what reads each array of values of an archive, where it has the form that we write."""
-    found = {
-        name: ShardedRows.of(folder / name, said) for name, said in read_arrays(folder).items()
-    }
-    return {name: one for name, one in found.items() if one is not None and "/" not in name}
 
 
 def read_rows(folder: Path, name: str, place: tuple[int, ...], first: int, last: int) -> Any:

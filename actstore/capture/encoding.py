@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import codecs, dtypes
-from actstore.capture.group import ALIAS, KIND_BITS, PARTS, Group
+from actstore.capture.group import ALIAS, ALIGN, KIND_BITS, PARTS, Group
 from actstore.stream.direct import PAGE, PAGED_BYTES
 from actstore.stream.records import (
     PACKETS_LIMIT,
@@ -31,7 +31,6 @@ from actstore.stream.records import (
 __all__ = ["Calls", "Encoded", "encode"]
 
 Integers = NDArray[np.int64]
-_ALIGN: Final = 64
 _ABOUT: Final = ("layer", "dtype", "width")
 _TASK_BYTES: Final = 4 << 20
 _local = threading.local()
@@ -309,7 +308,7 @@ def _plan(columns: _Columns, starts: Integers, codec: int) -> list[_Plan]:
     plans, end = [], 0
     for index, (what, nbytes) in enumerate(zip(about, np.diff(sizes).tolist(), strict=True)):
         first, last = int(bounds[index]), int(bounds[index + 1])
-        step = PAGE if nbytes >= PAGED_BYTES else _ALIGN
+        step = PAGE if nbytes >= PAGED_BYTES else ALIGN
         start = -(-end // step) * step
         gathers = last - first > 1 and codec == 0
         end = start + (nbytes + codecs.FRAME_BYTES if codec else nbytes * gathers)

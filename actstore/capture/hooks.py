@@ -180,7 +180,7 @@ class Hooks:
         if self._pass is not None:
             self._close_pass(aborted=self._entries.inside)
         texts = self._new_texts((), wait=True)
-        if texts and self._stage.failure is None and not self._stage.closed:
+        if texts and not self._stage.over:
             self._stage.add_texts(texts)
 
     def _attach(self, target: Target) -> Any:
@@ -361,7 +361,7 @@ class Hooks:
         self._outputs.end_pass()
         # a failure has surfaced already, or will at the end; what a signal's handler raised while
         # the hooks were taken away may have closed the stage before
-        if self._stage.failure is None and not self._stage.closed:
+        if not self._stage.over:
             self._stage.end_pass(index, aborted=aborted, flush=self._flush)
 
     def _new_texts(

@@ -408,9 +408,9 @@ class Stage:
         return self._failure
 
     @property
-    def closed(self) -> bool:
-        """Whether nothing can be staged any more."""
-        return self._closed
+    def over(self) -> bool:
+        """Whether nothing can be staged any more: it was closed, or has failed."""
+        return self._closed or self._failure is not None
 
     @property
     def forked(self) -> bool:

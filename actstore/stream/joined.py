@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ Integers = NDArray[np.int64]
 
 
 class JoinedReader:
-    """Logs read as one; a context manager that closes them.
+    """Logs read as one; whoever opened them closes them.
 
     Parameters
     ----------
@@ -72,18 +71,6 @@ class JoinedReader:
             for token in one.tokens
         )
         self.table = self._table()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for one in self.readers:
-            one.close()
 
     @property
     def path(self) -> Path:

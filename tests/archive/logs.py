@@ -193,6 +193,15 @@ class LogBuilder:
         self._group.append(Record.of(Opcode.BLOCK, block.encode(), payload))
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Give all files below a folder, by their names within it."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def encode_rows(
     rows: NDArray[Any], chunk_rows: int, present: NDArray[np.bool_], fill: Any, profile: str
 ) -> NDArray[np.uint8]:

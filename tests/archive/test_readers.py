@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from actstore import codecs, dtypes
 from actstore.archive import shards
-from actstore.archive.store import ArchiveWriter, shard_path
+from actstore.archive.shards import shard_path
+from actstore.archive.store import ArchiveWriter
 from actstore.compaction import compact
 
 #: A newer Python with the latest zarr and xarray in it: see CONTRIBUTING.md.

@@ -12,12 +12,13 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logs import random_values
+from logs import encode_rows, random_values
 from numpy.typing import NDArray
 
 from actstore.archive import shards
 from actstore.archive.reading import ShardedRows
-from actstore.archive.store import ArchiveWriter, shard_path
+from actstore.archive.shards import shard_path
+from actstore.archive.store import ArchiveWriter
 from actstore.errors import ArchiveError
 
 DTYPES = ["bool", "int8", "uint16", "int32", "float16", "float32", "float64", "complex64"]
@@ -48,15 +49,11 @@ def write(
     size = chunk * per_shard
     for layer, rows in enumerate(values):
         for number in range(-(-len(rows) // size)):
-            mine = [
-                (at, rows[first : first + chunk])
-                for at in range(per_shard)
-                if (first := number * size + at * chunk) < len(rows)
-                and number * per_shard + at not in missing
-            ]
-            if mine:
-                out = np.empty(shards.room(rows[:chunk].nbytes, per_shard, per_shard), np.uint8)
-                shard = shards.encode_shard(mine, chunk, per_shard, fill, profile, out)
+            mine = rows[number * size : (number + 1) * size]
+            chunks = number * per_shard + np.arange(per_shard)
+            there = (chunks * chunk < len(rows)) & ~np.isin(chunks, list(missing))
+            if there.any():
+                shard = encode_rows(mine, chunk, there, fill, profile)
                 place = (layer, number, *(0,) * len(rest))
                 shards.write_shard(shard_path(folder, "a", place), shard)
     return folder / "a"

@@ -15,7 +15,8 @@ from logs import encode_rows, random_values
 from numpy.typing import NDArray
 
 from actstore.archive import shards
-from actstore.archive.store import ArchiveWriter, shard_path
+from actstore.archive.shards import shard_path
+from actstore.archive.store import ArchiveWriter
 
 DTYPES = [
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -131,6 +132,15 @@ def assert_equals(log: Path, fired: list[Fired]) -> list[Packet]:
         assert packet.call == calls[packet.layer, packet.pass_index]
         calls[packet.layer, packet.pass_index] += 1
     return packets
+
+
+def assert_sampled(log: Path, fired: list[Fired]) -> None:
+    """Compare a log of sampled slices with the features of what fired that it says it has."""
+    with open_stream(log) as reader:
+        for packet, wanted in zip(reader.packets(), fired, strict=True):
+            whole = np.frombuffer(wanted.data, wanted.dtype).reshape(wanted.shape)
+            kept = reader.features[wanted.shape[-1]]
+            np.testing.assert_array_equal(packet.values, whole[..., kept])
 
 
 def framework(

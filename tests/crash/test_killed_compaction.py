@@ -14,7 +14,7 @@ import pytest
 import actstore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
-from logs import decoder_log
+from logs import decoder_log, files_of
 
 KILLS = 3
 CHILD = """
@@ -38,14 +38,6 @@ def start(log: Path, out: Path) -> subprocess.Popen[str]:
     assert child.stdout is not None
     assert child.stdout.readline() == "begin\n"
     return child
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
