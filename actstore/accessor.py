@@ -22,7 +22,7 @@ from actstore import hook_names
 from actstore.archive.coordinates import ROW_LABELS, prefix_of
 from actstore.errors import ConfigError
 
-__all__ = ["ActstoreAccessor", "remember_lazy"]
+__all__ = ["ActstoreAccessor", "TokenAxis", "lazy_beneath", "remember_lazy", "token_axes"]
 
 #: What a dask array keeps the lazy variable under that it reads from, and its own name then.
 _LAZY: Final = "_actstore_lazy"
@@ -192,7 +192,7 @@ class ActstoreAccessor:
         ConfigError
             There is no such label, or a function gives something else.
         """
-        chosen: dict[str, tuple[_TokenAxis, NDArray[np.bool_]]] = {}
+        chosen: dict[str, tuple[TokenAxis, NDArray[np.bool_]]] = {}
         for label, wanted in {**(labels or {}), **more}.items():
             axis = self._axis_of_label(label, dim)
             found = _matches(axis.label(label), wanted)
@@ -273,17 +273,17 @@ class ActstoreAccessor:
         rows = array.isel(layer=found.place) if "layer" in array.dims else array
         return rows.assign_attrs(modules=[found.name])
 
-    def _axis(self, dim: str | None) -> _TokenAxis:
-        axes = _token_axes(self._dataset)
+    def _axis(self, dim: str | None) -> TokenAxis:
+        axes = token_axes(self._dataset)
         if dim is None and len(axes) == 1:
             return next(iter(axes.values()))
         if dim is None or dim not in axes:
             raise ConfigError(_no_axis(self._dataset, axes, dim))
         return axes[dim]
 
-    def _axis_of_label(self, label: str, dim: str | None) -> _TokenAxis:
+    def _axis_of_label(self, label: str, dim: str | None) -> TokenAxis:
         """Give the token axis that a label is on, by ``dim`` or by its full name."""
-        axes = _token_axes(self._dataset)
+        axes = token_axes(self._dataset)
         if dim is not None or not axes:
             axes = {str(dim): self._axis(dim)}
         found = [axis for axis in axes.values() if label in axis]
@@ -297,7 +297,7 @@ class ActstoreAccessor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _TokenAxis:
+class TokenAxis:
     """A token axis of a dataset: what its labels' names begin with, and all of these names."""
 
     dataset: xr.Dataset
@@ -333,7 +333,7 @@ class _TokenAxis:
         return _take(self.dataset, self.dim, rows)
 
 
-def _token_axes(dataset: xr.Dataset) -> dict[str, _TokenAxis]:
+def token_axes(dataset: xr.Dataset) -> dict[str, TokenAxis]:
     """Find the token axes: the dimensions whose rows have a pass."""
     labels: dict[str, list[str]] = {}
     for name in dataset.coords:
@@ -345,7 +345,7 @@ def _token_axes(dataset: xr.Dataset) -> dict[str, _TokenAxis]:
         prefix = prefix_of(names)
         if prefix is not None:
             known = [prefix + one for one in ROW_LABELS if prefix + one in names]
-            axes[dim] = _TokenAxis(dataset, dim, prefix, tuple(dict.fromkeys(known + names)))
+            axes[dim] = TokenAxis(dataset, dim, prefix, tuple(dict.fromkeys(known + names)))
     return axes
 
 
@@ -365,7 +365,7 @@ def remember_lazy(chunked: xr.Dataset, lazy: xr.Dataset) -> xr.Dataset:
     return chunked
 
 
-def _lazy_beneath(variable: xr.Variable) -> xr.Variable | None:
+def lazy_beneath(variable: xr.Variable) -> xr.Variable | None:
     """Give the lazy variable that a dask array reads, if it is still as it was opened."""
     if variable.chunks is None:
         return None
@@ -383,7 +383,7 @@ def _take(dataset: xr.Dataset, dim: str, rows: NDArray[np.int64]) -> xr.Dataset:
     beneath = {
         name: lazy
         for name, variable in dataset.variables.items()
-        if dim in variable.dims and (lazy := _lazy_beneath(variable)) is not None
+        if dim in variable.dims and (lazy := lazy_beneath(variable)) is not None
     }
     chosen = dataset.assign(beneath).isel({dim: _index(rows)})
     chunked = {
@@ -463,7 +463,7 @@ class _Layer:
 
 def _layers(dataset: xr.Dataset) -> list[_Layer]:
     """Find the layers that have rows; first in the variable that has the shortest name."""
-    found, axes = [], _token_axes(dataset)
+    found, axes = [], token_axes(dataset)
     for name in sorted(map(str, dataset.data_vars), key=len):
         variable = dataset.variables[name]
         modules, site = variable.attrs.get("modules"), str(variable.attrs.get("site"))
