@@ -310,6 +310,7 @@ class TokenAxis:
 
     @property
     def rows(self) -> int:
+        """How many rows there are."""
         return self.dataset.sizes[self.dim]
 
     def label(self, label: str) -> pd.Series:

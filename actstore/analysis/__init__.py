@@ -7,6 +7,16 @@ block within a budget, and gives labelled arrays. Opening is ``dataset.py``'s, f
 
 from __future__ import annotations
 
+from actstore.analysis.rows import layer_change, token_norms, top_activations
+from actstore.analysis.spectra import covariance, pca
 from actstore.analysis.summary import outlier_features, statistics
 
-__all__ = ["outlier_features", "statistics"]
+__all__ = [
+    "covariance",
+    "layer_change",
+    "outlier_features",
+    "pca",
+    "statistics",
+    "token_norms",
+    "top_activations",
+]

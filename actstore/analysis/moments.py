@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from actstore.analysis import sketch
 from actstore.analysis.source import blocks_of
 
-__all__ = ["Moments", "Norms", "State", "merge_states", "row_products", "state_of"]
+__all__ = ["Moments", "Norms", "State", "cosines", "merge_states", "row_squares", "state_of"]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -82,16 +82,14 @@ class Moments:
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Self:
         """Give those of all rows together."""
-        columns = {one.name: [] for one in fields(cls)}
-        for part in parts:
-            for name, found in columns.items():
-                found.append(getattr(part, name))
-        by = {name: np.stack(found) for name, found in columns.items()}
-        counts, low, high = by["count"], by["minimum"].min(axis=0), by["maximum"].max(axis=0)
-        powers = (by["second"], by["third"], by["fourth"])
-        total, *powers = _central(counts, by["mean"], *powers)
-        rest = (by[name].sum(axis=0) for name in ("zeros", "nonfinite", "large"))
-        return cls(counts.sum(axis=0), total, *powers, low, high, *rest)
+        parts = list(parts)
+        by = {
+            one.name: np.stack([getattr(part, one.name) for part in parts]) for one in fields(cls)
+        }
+        powers = _central(*(by[one] for one in ("count", "mean", "second", "third", "fourth")))
+        low, high = by["minimum"].min(axis=0), by["maximum"].max(axis=0)
+        counts = (by[one].sum(axis=0) for one in ("zeros", "nonfinite", "large"))
+        return cls(by["count"].sum(axis=0), *powers, low, high, *counts)
 
     def replace(self, places: NDArray[np.intp], others: Moments) -> None:
         """Put others in the place of some features, here."""
@@ -210,14 +208,13 @@ class _Pass:
         self._columns = max(min(width, _MOST_COLUMNS), 1)
         self._rows = min(max(_PIECE // self._columns, 1), _MOST_ROWS)
         size = self._rows * self._columns
-        self._apart, self._square = np.empty(size, np.float32), np.empty(size, np.float32)
         self._zero = np.empty(size, np.bool_)
-        self._keys = np.empty(size if histogram.size else 0, np.intp)
+        # the keys take the place of the powers, so that all of it stays in the cache
+        self._keys = np.empty(size, np.int64)
+        self._apart, self._square = self._keys.view(np.float32).reshape(2, size)
 
     def __call__(self, block: NDArray[Any]) -> tuple[Moments, Floats]:
         """Give the moments of a block, and the sum of squares of each of its rows."""
-        if block.dtype == np.float16:
-            block = block.astype(np.float32)
         if block.dtype != np.float32:
             return self._exactly(block)
         squares = np.zeros(len(block))
@@ -226,7 +223,7 @@ class _Pass:
             for at in range(0, block.shape[1], self._columns)
         ]
         moments = parts[0] if len(parts) == 1 else _beside(parts)
-        odd = ~((squares < _LARGEST) & (squares > _SMALLEST))
+        odd = ~_safe(squares)
         if odd.any():
             squares[odd] = _squares(block[odd])
         return moments, squares
@@ -251,7 +248,7 @@ class _Pass:
             np.add.reduce(zero, axis=0, dtype=np.uint8, out=zeros[number])
             squares[first : first + len(piece)] += np.vecdot(piece, piece)
             if self._histogram.size:
-                sketch.count(piece, _like(self._keys, piece), self._histogram)
+                sketch.count(piece, self._keys[: piece.size], self._histogram)
         low, high = ends[0].min(axis=0), ends[1].max(axis=0)
         first, second, third, fourth = sums.sum(axis=0, dtype=np.float64)
         by = first / rows
@@ -297,8 +294,7 @@ class _Pass:
         if self._histogram.size:
             for first in range(0, len(block), self._rows):
                 piece = sketch.narrowed(block[first : first + self._rows])
-                keys = np.empty(piece.shape, np.intp)
-                sketch.count(piece, keys, self._histogram)
+                sketch.count(piece, np.empty(piece.size, np.int64), self._histogram)
         return moments, _squares(block)
 
 
@@ -348,14 +344,22 @@ def _large(values: NDArray[Any], threshold: float) -> Integers:
 
 def _squares(values: NDArray[Any]) -> Floats:
     wide = values.astype(np.float64)
-    found: Floats = np.vecdot(wide, wide)
+    return np.asarray(np.vecdot(wide, wide))
+
+
+def row_squares(rows: NDArray[Any]) -> Floats:
+    """Give the sum of squares of each row, float64 [n]; NaN and inf where the row has such."""
+    if rows.dtype != np.float32:
+        return _squares(rows)
+    found = _products(rows, rows)
+    odd = ~_safe(found)
+    if odd.any():
+        found[odd] = _squares(rows[odd])
     return found
 
 
-def row_products(one: NDArray[Any], other: NDArray[Any]) -> Floats:
-    """Give the dot product of each row with its counterpart.
-
-    float32 where neither that nor what it is summed of can overflow or vanish in it.
+def cosines(one: NDArray[Any], other: NDArray[Any]) -> Floats:
+    """Give the cosine between each row and its counterpart; NaN where one is 0 or not finite.
 
     Parameters
     ----------
@@ -367,9 +371,27 @@ def row_products(one: NDArray[Any], other: NDArray[Any]) -> Floats:
     numpy.ndarray
         float64 [n].
     """
-    if one.dtype != np.float32:
-        return np.asarray(np.vecdot(one.astype(np.float64), other.astype(np.float64)))
+    squares = row_squares(one), row_squares(other)
+    if one.dtype == np.float32:
+        found = _products(one, other)
+        odd = ~(_safe(squares[0]) & _safe(squares[1]))
+        found[odd] = _exact_products(one[odd], other[odd])
+    else:
+        found = _exact_products(one, other)
+    return np.asarray(np.clip(found / (np.sqrt(squares[0]) * np.sqrt(squares[1])), -1, 1))
+
+
+def _safe(squares: Floats) -> NDArray[np.bool_]:
+    """Tell of which rows the squares are sums of normal float32 numbers, but for small ones."""
+    return (squares < _LARGEST) & (squares > _SMALLEST)
+
+
+def _products(one: NDArray[np.float32], other: NDArray[np.float32]) -> Floats:
     found = np.zeros(len(one))
     for at in range(0, one.shape[1], _MOST_COLUMNS):
         found += np.vecdot(one[:, at : at + _MOST_COLUMNS], other[:, at : at + _MOST_COLUMNS])
     return found
+
+
+def _exact_products(one: NDArray[Any], other: NDArray[Any]) -> Floats:
+    return np.asarray(np.vecdot(one.astype(np.float64), other.astype(np.float64)))

@@ -20,7 +20,7 @@ _HALF: Final = 1 << 15
 _ORDER: Final = np.r_[0xFF7F:0x7FFF:-1, 0:0x7F80]
 
 
-def count(values: NDArray[np.float32], keys: NDArray[np.intp], histogram: NDArray[Any]) -> None:
+def count(values: NDArray[np.float32], keys: NDArray[np.int64], histogram: NDArray[Any]) -> None:
     """Add values to a histogram; NaNs and infinities come to bins that nobody reads.
 
     Parameters
@@ -28,13 +28,20 @@ def count(values: NDArray[np.float32], keys: NDArray[np.intp], histogram: NDArra
     values : numpy.ndarray
         float32 [rows, columns], whose last dimension is contiguous.
     keys : numpy.ndarray
-        intp, of the same shape and C-contiguous: written over.
+        int64 [rows × columns]: written over.
     histogram : numpy.ndarray
         int64 [65536].
     """
-    upper = slice(1, None, 2) if np.little_endian else slice(0, None, 2)
-    np.copyto(keys, values.view(np.uint16)[:, upper])
-    np.add.at(histogram, keys.reshape(-1), 1)
+    if values.shape[1] % 2:
+        upper = slice(int(np.little_endian), None, 2)
+        np.copyto(keys.reshape(values.shape), values.view(np.uint16)[:, upper])
+    else:  # two at a time, which takes two thirds of that
+        pairs = values.view(np.uint64)
+        one, other = keys.view(np.uint64).reshape(2, *pairs.shape)
+        np.right_shift(pairs, 48, out=one)
+        np.right_shift(pairs, 16, out=other)
+        np.bitwise_and(other, 0xFFFF, out=other)
+    np.add.at(histogram, keys, 1)
 
 
 def narrowed(values: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -71,4 +78,4 @@ def quantiles(
     ranks = np.clip(np.ceil(wanted * reached[-1]), 1, reached[-1])
     keys = _ORDER[np.searchsorted(reached, ranks)].astype(np.uint32)
     middle = ((keys << 16) | np.where(keys % _HALF, _HALF, 0).astype(np.uint32)).view(np.float32)
-    return np.clip(middle.astype(np.float64), low, high)
+    return np.asarray(np.clip(middle.astype(np.float64), low, high))

@@ -5,9 +5,8 @@ What is made of the blocks is the business of the statistics; they are given arr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Final
 
 import numpy as np
@@ -15,9 +14,10 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from actstore.accessor import lazy_beneath, token_axes
+from actstore.analysis.engine import Budget
 from actstore.errors import ConfigError
 
-__all__ = ["Budget", "Source", "blocks_of", "compute", "labelled", "reduced", "sources"]
+__all__ = ["Source", "blocks_of", "flat", "labelled", "source_of", "sources"]
 
 #: What is read at once: three chunks of an archive, which are still in the cache when they are
 #: looked at. Reading a chunk at a time took 1.5 times as long as three, for what a read costs
@@ -25,41 +25,7 @@ __all__ = ["Budget", "Source", "blocks_of", "compute", "labelled", "reduced", "s
 _BLOCK_BYTES: Final = 3 << 20
 _LEAST_ROWS: Final = 32  # of a block, where a row is wide
 _TASK_BYTES: Final = 64 << 20
-_FAN_IN: Final = 4
 _COPIES: Final = 8  # of a block: read, picked, widened, and what is made of it
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What a computation may take.
-
-    Parameters
-    ----------
-    workers : int
-        Threads; on a dask cluster, the workers decide.
-    gigabytes : float
-        Memory, in 10^9 bytes.
-    """
-
-    workers: int
-    gigabytes: float
-
-    def __post_init__(self) -> None:
-        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
-            msg = f"workers must be a positive int; got {self.workers!r}"
-            raise ConfigError(msg)
-        given = self.gigabytes
-        if isinstance(given, bool) or not isinstance(given, int | float) or not given > 0:
-            msg = f"max_memory_gb must be a positive number of GB, such as 1.0; got {given!r}"
-            raise ConfigError(msg)
-        if find_spec("dask") is None:
-            msg = "statistics are computed by dask, which isn't installed: install actstore[dask]"
-            raise ConfigError(msg)
-
-    @property
-    def bytes_each(self) -> int:
-        """What one worker may hold."""
-        return int(self.gigabytes * 1e9) // self.workers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +83,7 @@ class Source:
     @property
     def row_bytes(self) -> int:
         """The bytes of a row, as it is stored."""
-        return max(self.width * self.variable.dtype.itemsize, 1)
+        return max(self.width * int(self.variable.dtype.itemsize), 1)
 
     def about(self) -> dict[str, int]:
         """Say how many rows a result is of, and how many it leaves out."""
@@ -178,7 +144,6 @@ def sources(
     variables: str | Iterable[str] | None,
     *,
     padding: bool,
-    real: bool = True,
 ) -> list[Source]:
     """Find the variables that have rows, and which rows of them are looked at.
 
@@ -190,8 +155,6 @@ def sources(
         Which; None: all floating ones that have a token axis.
     padding : bool
         Whether padding is looked at too.
-    real : bool
-        Whether complex variables are refused.
 
     Raises
     ------
@@ -199,9 +162,7 @@ def sources(
         There is no such variable, it has no token axis, or its values aren't numbers.
     """
     if not isinstance(dataset, xr.Dataset):
-        msg = (
-            f"wanted an xarray.Dataset, as actstore.open_dataset gives it; got {type(dataset)!r}"
-        )
+        msg = f"wanted an xarray.Dataset, as actstore.open_dataset gives it; got {type(dataset)!r}"
         raise ConfigError(msg)
     axes = token_axes(dataset)
     rows = {str(name): _axis_of(one, axes) for name, one in dataset.data_vars.items()}
@@ -218,13 +179,22 @@ def sources(
             msg = f"{name!r} is no variable with rows of a token axis; there are {known}"
             raise ConfigError(msg)
         kind = dataset[name].dtype.kind
-        if kind not in "fiub" and (real or kind != "c"):
+        if kind not in "fiub":
             msg = (
                 f"{name!r} is of dtype {dataset[name].dtype}; statistics are of real numbers: "
                 "assign its .real, .imag or abs() as a variable, and name that"
             )
             raise ConfigError(msg)
     return [_source(dataset, name, str(rows[name]), padding) for name in chosen]
+
+
+def source_of(dataset: xr.Dataset, variable: Any, *, padding: bool = False) -> Source:
+    """Give one variable's rows; raises as `sources` does."""
+    if not isinstance(variable, str):
+        msg = f"variable must be the name of one; got {variable!r}"
+        raise ConfigError(msg)
+    (found,) = sources(dataset, variable, padding=padding)
+    return found
 
 
 def _axis_of(array: xr.DataArray, axes: Mapping[str, Any]) -> str | None:
@@ -261,9 +231,7 @@ def _source(dataset: xr.Dataset, name: str, dim: str, padding: bool) -> Source:
         real = ~axis.label("is_padding").to_numpy().astype(np.bool_)
     places = (None,) if layers is None else tuple(range(layers))
     missing = int((~there & real).sum())
-    return Source(
-        name, array, variable, dim, places, there & real, int((~real).sum()), missing
-    )
+    return Source(name, array, variable, dim, places, there & real, int((~real).sum()), missing)
 
 
 def blocks_of(
@@ -291,44 +259,32 @@ def blocks_of(
         mine = keep[first : first + step]
         if not mine.any():
             continue
-        block = np.ascontiguousarray(values[first : first + step].values)
-        block = block.reshape(block.shape[0], -1)
+        block = flat(values[first : first + step])
         rows = np.flatnonzero(mine)
         yield rows + first, block if rows.size == mine.size else block[rows]
 
 
-def reduced(parts: Iterable[Any], merge: Callable[[list[Any]], Any]) -> Any:
-    """Merge delayed states in a tree whose form goes by their number alone."""
-    from dask import delayed
-
-    level = list(parts)
-    while len(level) > 1:
-        level = [
-            delayed(merge, pure=False)(level[at : at + _FAN_IN])
-            if len(level[at : at + _FAN_IN]) > 1
-            else level[at]
-            for at in range(0, len(level), _FAN_IN)
-        ]
-    return level[0]
-
-
-def compute(delayed: Any, budget: Budget) -> Any:
-    """Compute delayed values, by threads, or by whatever scheduler dask is told to use."""
-    import dask
-
-    (found,) = dask.compute(delayed, num_workers=budget.workers)
-    return found
+def flat(values: xr.Variable) -> NDArray[Any]:
+    """Read rows, and give them as [n, width]; float16 as float32, which has its values."""
+    found = np.ascontiguousarray(values.values)
+    if found.dtype == np.float16:
+        found = found.astype(np.float32)
+    return found.reshape(found.shape[0], int(np.prod(found.shape[1:], dtype=np.int64)))
 
 
 def labelled(
-    source: Source, dims: Iterable[Hashable], values: Any, attributes: Mapping[str, Any]
+    source: Source,
+    dims: Iterable[Hashable],
+    values: Any,
+    attributes: Mapping[str, Any],
+    labels: xr.DataArray | None = None,
 ) -> xr.DataArray:
-    """Give an array the coordinates that the variable has on its dimensions."""
+    """Give an array the coordinates that the variable, or another array, has on its dimensions."""
     dims = tuple(dims)
     found = xr.DataArray(values, dims=dims, attrs=dict(attributes))
     coordinates = {
         name: one.variable
-        for name, one in source.array.coords.items()
+        for name, one in (source.array if labels is None else labels).coords.items()
         if set(one.dims) <= set(dims)
         and all(one.sizes[dim] == found.sizes[dim] for dim in one.dims)
     }

@@ -11,8 +11,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from actstore.analysis import sketch
+from actstore.analysis.engine import Budget, compute, later, reduced
 from actstore.analysis.moments import State, merge_states, state_of
-from actstore.analysis.source import Budget, Source, compute, labelled, reduced, sources
+from actstore.analysis.source import Source, labelled, source_of, sources
 from actstore.errors import ConfigError
 
 __all__ = ["outlier_features", "statistics"]
@@ -130,9 +131,8 @@ def outlier_features(
             msg = f"{name} must be a positive number; got {value!r}"
             raise ConfigError(msg)
     budget = Budget(workers, max_memory_gb)
-    chosen = sources(dataset, _one(variable), padding=padding)
-    (states,) = _states(chosen, budget, threshold=float(threshold))
-    (source,) = chosen
+    source = source_of(dataset, variable, padding=padding)
+    (states,) = _states([source], budget, threshold=float(threshold))
     count, large = (np.stack([getattr(s.moments, n) for s in states]) for n in ("count", "large"))
     with np.errstate(all="ignore"):
         rms = np.stack([_rms(one) for one in states])
@@ -161,13 +161,6 @@ def outlier_features(
     return xr.Dataset({f"{source.name}_{name}": array for name, array in found.items()})
 
 
-def _one(variable: Any) -> str:
-    if not isinstance(variable, str):
-        msg = f"variable must be the name of one; got {variable!r}"
-        raise ConfigError(msg)
-    return variable
-
-
 def _checked(quantiles: Sequence[float]) -> NDArray[np.float64]:
     try:
         wanted = np.asarray(quantiles, np.float64)
@@ -187,9 +180,7 @@ def _states(
     threshold: float = np.inf,
 ) -> list[list[State]]:
     """Go over the rows once, and give the state of each layer of each variable."""
-    from dask import delayed
-
-    work = delayed(partial(state_of, histogram=histogram, threshold=threshold), pure=False)
+    work = later(partial(state_of, histogram=histogram, threshold=threshold))
     trees = []
     for source in chosen:
         block, task = source.grid(budget)
