@@ -2,7 +2,7 @@
 
 A bin is all float32 numbers with the same upper 16 bits: a sign, an exponent, 7 bits of mantissa.
 Its middle is within 2^-8 of each of its values, relatively; of numbers under 2^-126, within
-2^-134. So is a quantile taken from it, as in DDSketch (Masson et al., 2019, arXiv:1908.10693).
+2^-133. So is a quantile taken from it, as in DDSketch (Masson et al., 2019, arXiv:1908.10693).
 """
 
 from __future__ import annotations

@@ -226,16 +226,17 @@ def _summed(
     total = before.products.copy()
     counts, means, rests = list(before.counts), list(before.means), list(before.rests)
     with np.errstate(all="ignore"):
-        for _, block in blocks_of(values, keep, step):
+        for _, rows in blocks_of(values, keep, step):
+            block = rows if rows.dtype.kind == "f" else rows.astype(np.float64)
             shift = np.asarray(block.mean(axis=0, dtype=np.float64), block.dtype)
             apart = block - shift
             products = _products(apart)
             if products is None:
-                rows = block[np.isfinite(block).all(axis=1)].astype(np.float64)
-                if not len(rows):
+                block = block[np.isfinite(block).all(axis=1)].astype(np.float64)
+                if not len(block):
                     continue
-                shift = rows.mean(axis=0)
-                apart = rows - shift
+                shift = block.mean(axis=0)
+                apart = block - shift
                 products = apart.T @ apart
             total += products
             rest = apart.sum(axis=0, dtype=np.float64)
@@ -266,8 +267,6 @@ def _components(sums: _Sums, components: int) -> _Axes:
 
 def _products(apart: NDArray[Any]) -> NDArray[Any] | None:
     """Give the products of features, or None where their dtype can't, or rows are odd."""
-    if apart.dtype.kind != "f":
-        return None
     found: NDArray[Any] = apart.T @ apart
     diagonal = found.diagonal()
     if apart.dtype == np.float64:
