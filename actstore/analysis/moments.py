@@ -30,6 +30,7 @@ Integers = NDArray[np.int64]
 _PIECE: Final = 1 << 16  # elements: three float32 arrays of it stay in 1 MiB of cache
 _MOST_ROWS: Final = 255  # of a piece, so that a byte counts them
 _MOST_COLUMNS: Final = 4096
+_MERGED: Final = 1 << 14  # features of blocks that are merged at once
 #: A shift is the mean of every so manieth row, and so no farther from the mean than 2.7 standard
 #: deviations: |shift - mean|² <= variance · (1 - f) / f for the mean of a fraction f.
 _SHIFT_STRIDE: Final = 8
@@ -181,13 +182,15 @@ def state_of(
     """
     width = int(np.prod(values.shape[1:], dtype=np.int64))
     counts = np.zeros(sketch.BINS if histogram else 0, np.int64)
-    moments, norms, passes = Moments.none(width), Norms(), _Pass(width, counts, threshold)
+    moments, norms, passes = [Moments.none(width)], Norms(), _Pass(width, counts, threshold)
     with np.errstate(all="ignore"):
         for _, block in blocks_of(values, keep, step):
             found, squares = passes(block)
-            moments = Moments.merge([moments, found])
+            moments.append(found)
+            if len(moments) * width >= _MERGED:
+                moments = [Moments.merge(moments)]
             norms = Norms.merge([norms, Norms.of(np.sqrt(squares))])
-    return State(moments, norms, counts)
+        return State(Moments.merge(moments), norms, counts)
 
 
 class _Pass:
@@ -237,15 +240,13 @@ class _Pass:
         count = -(-rows // self._rows)
         sums = np.empty((count, 4, width), np.float32)
         ends = np.empty((2, count, width), np.float32)
-        zeros = np.empty((count, width), np.uint8)
+        small = sketch.smallest(self._histogram)
         for number in range(count):
             first = number * self._rows
             piece = block[first : first + self._rows]
             self._sum(piece, shift, sums[number])
             np.minimum.reduce(piece, axis=0, out=ends[0, number])
             np.maximum.reduce(piece, axis=0, out=ends[1, number])
-            zero = np.equal(piece, 0, out=_like(self._zero, piece)).view(np.uint8)
-            np.add.reduce(zero, axis=0, dtype=np.uint8, out=zeros[number])
             squares[first : first + len(piece)] += np.vecdot(piece, piece)
             if self._histogram.size:
                 sketch.count(piece, self._keys[: piece.size], self._histogram)
@@ -260,7 +261,10 @@ class _Pass:
             fourth - 4 * by * third + 6 * by * by * second - 3 * by * by * by * first,
             low.astype(np.float64),
             high.astype(np.float64),
-            zeros.sum(axis=0, dtype=np.int64),
+            # those that there are, are in the histogram's smallest bins
+            self._zeros(block)
+            if not self._histogram.size or sketch.smallest(self._histogram) > small
+            else np.zeros(width, np.int64),
             np.zeros(width, np.int64),
             np.zeros(width, np.int64),
         )
@@ -283,6 +287,15 @@ class _Pass:
         np.einsum("ij,ij->j", apart, apart, out=out[1])
         np.einsum("ij,ij->j", apart, square, out=out[2])
         np.einsum("ij,ij->j", square, square, out=out[3])
+
+    def _zeros(self, block: NDArray[np.float32]) -> Integers:
+        """Count the zeros of some columns."""
+        found = np.zeros(block.shape[1], np.int64)
+        for first in range(0, len(block), self._rows):
+            piece = block[first : first + self._rows]
+            zero = np.equal(piece, 0, out=_like(self._zero, piece)).view(np.uint8)
+            found += np.add.reduce(zero, axis=0, dtype=np.uint8)
+        return found
 
     def _exactly(self, block: NDArray[Any]) -> tuple[Moments, Floats]:
         """Do as much in float64: of float64, integers and booleans."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BINS", "count", "narrowed", "quantiles"]
+__all__ = ["BINS", "count", "narrowed", "quantiles", "smallest"]
 
 BINS: Final = 1 << 16
 _HALF: Final = 1 << 15
@@ -42,6 +42,11 @@ def count(values: NDArray[np.float32], keys: NDArray[np.int64], histogram: NDArr
         np.right_shift(pairs, 16, out=other)
         np.bitwise_and(other, 0xFFFF, out=other)
     np.add.at(histogram, keys, 1)
+
+
+def smallest(histogram: NDArray[np.int64]) -> int:
+    """Give how many values are zeros, or under 2^-133; 0 of an empty histogram."""
+    return int(histogram[::_HALF].sum())
 
 
 def narrowed(values: NDArray[np.float64]) -> NDArray[np.float32]:
