@@ -274,8 +274,8 @@ def numbers(archive: Path, name: str, dims: tuple[str, ...] = ("token",)) -> Coo
         (lambda path: [Coordinate("a", (), np.zeros(()))], "labels no dimension"),
         (lambda path: [Coordinate("a", ("token",), np.zeros((rows(path), 2)))], "can't have the"),
         *[
-            (lambda path, kind=kind: [Coordinate("a", ("token",), np.zeros(rows(path), kind))], said)
-            for kind, said in (("O", "dtype object"), ("M8[s]", "dtype datetime"), ("V2", "text"))
+            (lambda path, of=of: [Coordinate("a", ("token",), np.zeros(rows(path), of))], text)
+            for of, text in (("O", "dtype object"), ("M8[s]", "dtype datetime"), ("V2", "text"))
         ],
         (lambda path: [], "nothing to add"),
     ],
