@@ -1,15 +1,15 @@
 """How small the floats of trained models become at a promised error, and how fast.
 
-Run by ``.venv/bin/python tests/benchmarks/precision.py``; about five minutes. Prints a table for each
-set of data: the hidden states of MiniLM, and what every module of `examples/tiny-llama` returns, in
-float32 on documentation text. A line a precision; of all layers the smallest and the median ratio
-against float32 (against bfloat16 it is half of it), the largest NMSE, and the speed of making a shard
-of it and of reading that, GB/s of float32 on one thread, chunks as the archive has them.
+Run by ``.venv/bin/python tests/benchmarks/precision.py``; about five minutes. Prints a table for
+each set of data: the hidden states of MiniLM, and what every module of `examples/tiny-llama`
+returns, in float32 on documentation text. A line a precision; of all layers the smallest and the
+median ratio against float32 (against bfloat16 it is half of it), the largest NMSE, how many chunks
+were kept whole, and the speed of making chunks and of reading them, GB/s of float32 on one thread.
 
-Then the limit, for a line of rms: the ratio against bfloat16 that any code could reach at a squared
-error of 1e-3 if the values were independent and Gaussian (Shannon's rate-distortion bound, 1/2 log2
-of rms² over the error), what a uniform step reaches with an ideal entropy coder (1/4 bit more, Gish
-and Pierce, doi:10.1109/TIT.1968.1054193), and what ``mse=1e-3`` does.
+Then the limit, for a line of rms: the ratio against bfloat16 that any code could reach at a
+squared error of 1e-3 if the values were independent and Gaussian (Shannon's rate-distortion bound,
+1/2 log2 of rms² over the error), what a uniform step reaches with an ideal entropy coder (1/4 bit
+more: Gish and Pierce, doi:10.1109/TIT.1968.1054193), and what ``mse=1e-3`` does.
 """
 
 from __future__ import annotations
