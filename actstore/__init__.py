@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actstore.appending import append as append
+    from actstore.archive.precision import Precision as Precision
     from actstore.capture.preview import describe as describe
     from actstore.capture.preview import estimate as estimate
+    from actstore.choosing import choose_precision as choose_precision
     from actstore.compaction import compact as compact
     from actstore.config import HookConfig as HookConfig
     from actstore.config import HookGranularity as HookGranularity
@@ -39,9 +41,11 @@ _HOMES = {
     "HookGranularity": "actstore.config",
     "InstrumentationConfig": "actstore.config",
     "InstrumentationFramework": "actstore.framework",
+    "Precision": "actstore.archive.precision",
     "add_coordinates": "actstore.enriching",
     "analyze_activations_with_tokens": "actstore.framework",
     "append": "actstore.appending",
+    "choose_precision": "actstore.choosing",
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
@@ -59,9 +63,11 @@ __all__ = [
     "HookGranularity",
     "InstrumentationConfig",
     "InstrumentationFramework",
+    "Precision",
     "add_coordinates",
     "analyze_activations_with_tokens",
     "append",
+    "choose_precision",
     "compact",
     "describe",
     "estimate",

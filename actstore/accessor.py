@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actstore import hook_names
 from actstore.archive.coordinates import ROW_LABELS, prefix_of
+from actstore.archive.precision import CODING, EXACT, SCALE, Precision
 from actstore.errors import ConfigError
 from actstore.joining import MISSING, as_label, as_table, matches, picked
 
@@ -302,6 +303,25 @@ class ActstoreAccessor:
         return self._dataset.assign_coords(
             {name: (axis.dim, values) for name, values in found.items()}
         )
+
+    def decode(self) -> xr.Dataset:
+        """Give the values of variables that are stored as codes, of an archive that others opened.
+
+        `actstore.open_dataset` has done so. As lazy as the dataset, where that has dask arrays;
+        else the codes are read.
+
+        Returns
+        -------
+        xarray.Dataset
+            Without the scales, and the rows without codes.
+        """
+        found, parts = {}, set[str]()
+        for name, array in self._dataset.data_vars.items():
+            if Precision.parse(array.attrs.get("precision", "float16")).coded:
+                found[name] = _decoded(self._dataset, str(name))
+                parts |= {f"{name}{end}" for end in (SCALE, EXACT, f"{EXACT}_present")}
+        parts &= {*map(str, self._dataset.variables)}
+        return self._dataset.assign(found).drop_vars(parts)
 
     @property
     def layers(self) -> dict[str, str]:
@@ -668,6 +688,24 @@ def _sites_meant(name: str, aliases: Mapping[str, str]) -> list[tuple[str, int]]
 
 
 # -- what to say --------------------------------------------------------------------------------
+
+
+def _decoded(dataset: xr.Dataset, name: str) -> xr.DataArray:
+    """Give the values of codes, and of rows that have none; xarray may have done the former."""
+    values = dataset[name]
+    said = {key: one for key, one in values.attrs.items() if key not in CODING}
+    wide = np.dtype("f8" if said["source_dtype"] == "float64" else "f4")
+    if "code_offset" in values.attrs:
+        step = dataset[f"{name}{SCALE}"].astype(wide)
+        numbers = values.astype(wide) - wide.type(values.attrs["code_offset"])
+        values = (numbers * step).where(values != 0)
+    elif "scale_factor" in values.attrs:
+        numbers = values * values.attrs["scale_factor"] + values.attrs["add_offset"]
+        values = numbers.where(values != 0)
+    if f"{name}{EXACT}" in dataset:
+        values = values.where(values.notnull(), dataset[f"{name}{EXACT}"])
+    found: xr.DataArray = values.astype(wide).drop_attrs().assign_attrs(said)
+    return found
 
 
 def _no_axis(dataset: xr.Dataset, axes: Iterable[str], dim: str | None) -> str:

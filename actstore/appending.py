@@ -22,14 +22,13 @@ from actstore.archive import layout, store
 from actstore.archive.adding import ADDED, only_writer
 from actstore.archive.coordinates import RUN, STRING, Coordinate, prefix_of
 from actstore.archive.grid import Segments
+from actstore.archive.jobs import Job, Read
 from actstore.archive.reading import ShardedRows
 from actstore.compaction import (
     CompactionReport,
     Content,
-    Job,
     Pathlike,
     Progress,
-    Read,
     Reader,
     check_workers,
     dense_jobs,
@@ -166,6 +165,8 @@ def _together(old: _Old, new: Content, reader: Reader) -> tuple[Content, list[Jo
         if one.get("run_id") in known:
             msg = f"run {one.get('run_id')!r} is in {old.folder} already"
             raise ConfigError(msg)
+    if old.attributes.get("precision"):
+        raise _refused("what it keeps of floats is less than they were, and would be less again")
     plan = new.plan
     names = {one.name for one in plan.variables} | {one.values_name for one in plan.ragged}
     if names != old.of_values:

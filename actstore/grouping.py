@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from actstore.accessor import TokenAxis, lazy_beneath, token_axes
 from actstore.archive.coordinates import texts_of
+from actstore.archive.precision import EXACT
 from actstore.errors import ConfigError
 
 __all__ = ["group_statistics"]
@@ -139,6 +140,9 @@ class _Rows:
             msg = f"there is no variable {name!r}; there are {known}"
             raise ConfigError(msg)
         array, axes = ds[name], token_axes(ds)
+        if "code_offset" in array.attrs or f"{name}{EXACT}" in ds.variables:
+            msg = f"{name!r} has codes, and not values: group the rows of ds.actstore.decode()"
+            raise ConfigError(msg)
         dims = [str(one) for one in array.dims if one in axes and dim in (None, one)]
         if len(dims) != 1 or array.dtype.kind not in "fiub":
             msg = (

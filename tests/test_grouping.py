@@ -17,6 +17,7 @@ import actstore
 from actstore import grouping
 from actstore.archive import grid
 from actstore.archive.coordinates import STRING
+from actstore.archive.precision import Precision
 from actstore.errors import ConfigError
 from actstore.grouping import group_statistics
 
@@ -204,6 +205,24 @@ def test_values_that_are_no_numbers_stay_in_their_groups() -> None:
     found = group_statistics(xr.Dataset({"x": (("token", "feature"), values)}, labels), "x", "g")
     np.testing.assert_array_equal(found["mean"], [[np.nan, 1], [np.inf, 1], [1, 1]])
     np.testing.assert_array_equal(found.variance, [[np.nan, 0], [np.nan, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("precision", ["int8", "nmse=1e-3", "mse=1e-3", "float16"])
+def test_rows_that_were_kept_as_codes_are_grouped_by_their_values(
+    precision: str, tmp_path: Path
+) -> None:
+    log = make_log(tmp_path / "run.stream", width=96)
+    archive = actstore.compact(log, tmp_path / "a.zarr", precision=precision).path
+    with actstore.open_dataset(archive) as dataset, xr.open_zarr(archive) as plain:
+        found = group_statistics(dataset, "resid", "topic")
+        check(found, dataset.load(), "resid", ["topic"])
+        assert dataset.resid.attrs["precision"] == str(Precision.parse(precision))
+        if "code_offset" in plain.resid.attrs:
+            with pytest.raises(ConfigError, match="decode"):
+                group_statistics(plain, "resid", "topic")
+        decoded = group_statistics(plain.actstore.decode(), "resid", "topic")
+        xr.testing.assert_allclose(decoded.drop_attrs(), found.drop_attrs())
+        assert ("code_offset" in plain.resid.attrs) == (precision in ("int8", "nmse=1e-3"))
 
 
 @settings(deadline=None, max_examples=60)

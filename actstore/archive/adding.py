@@ -26,6 +26,7 @@ from actstore.archive import store
 from actstore.archive.alignment import CANONICAL
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import GROUPS, STATISTICS, clean
+from actstore.archive.precision import EXACT, SCALE
 from actstore.errors import ActstoreError, ArchiveError, ConfigError
 
 __all__ = ["ADDED", "add_arrays", "only_writer", "remove_arrays"]
@@ -246,7 +247,7 @@ def _check_names(paths: Iterable[str], root: Mapping[str, Any]) -> None:
     top = {name.partition("/")[0] for name in below} | set(_sizes(below))
     values = {name for name, said in below.items() if "source_dtype" in said["attributes"]}
     known = {*CANONICAL, *GROUPS, STATISTICS, "zarr.json", *top, *root["attributes"]["aliases"]}
-    known |= {f"{name}_present" for name in values}
+    known |= {f"{name}{end}" for name in values for end in ("_present", SCALE, EXACT)}
     known |= set(root["attributes"].get(ADDED, ()))
     taken = {one.casefold() for one in known}
     for path in paths:

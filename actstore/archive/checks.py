@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from actstore.archive import store
 from actstore.archive.adding import ADDED
+from actstore.archive.precision import SCALE
 from actstore.archive.shards import check_shard, is_sealed, shard_path
 from actstore.errors import FormatError
 
@@ -179,7 +180,7 @@ class ArchiveCheck:
 
     def _array(self, array: _Array, arrays: Mapping[str, _Array]) -> Iterator[Finding]:
         """Check an array's files; what is wrong in very many places is told of some."""
-        companion = arrays.get(f"{array.name}_present")
+        companion = arrays.get(f"{array.name.removesuffix(SCALE)}_present")
         if companion is not None and companion.shape != array.shape[: len(companion.shape)]:
             companion = None
         found = 0
