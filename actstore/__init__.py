@@ -12,18 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actstore.appending import append as append
+    from actstore.archive.precision import Precision as Precision
     from actstore.capture.preview import describe as describe
     from actstore.capture.preview import estimate as estimate
+    from actstore.choosing import choose_precision as choose_precision
     from actstore.compaction import compact as compact
     from actstore.config import HookConfig as HookConfig
     from actstore.config import HookGranularity as HookGranularity
     from actstore.config import InstrumentationConfig as InstrumentationConfig
     from actstore.dataset import open_dataset as open_dataset
+    from actstore.enriching import add_coordinates as add_coordinates
+    from actstore.enriching import remove_added as remove_added
     from actstore.errors import ActstoreError as ActstoreError
     from actstore.framework import InstrumentationFramework as InstrumentationFramework
     from actstore.framework import (
         analyze_activations_with_tokens as analyze_activations_with_tokens,
     )
+    from actstore.grouping import group_statistics as group_statistics
     from actstore.stream.reader import open_stream as open_stream
     from actstore.stream.recover import recover as recover
     from actstore.verification import verify as verify
@@ -36,14 +41,19 @@ _HOMES = {
     "HookGranularity": "actstore.config",
     "InstrumentationConfig": "actstore.config",
     "InstrumentationFramework": "actstore.framework",
+    "Precision": "actstore.archive.precision",
+    "add_coordinates": "actstore.enriching",
     "analyze_activations_with_tokens": "actstore.framework",
     "append": "actstore.appending",
+    "choose_precision": "actstore.choosing",
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
+    "group_statistics": "actstore.grouping",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
     "recover": "actstore.stream.recover",
+    "remove_added": "actstore.enriching",
     "verify": "actstore.verification",
 }
 
@@ -53,14 +63,19 @@ __all__ = [
     "HookGranularity",
     "InstrumentationConfig",
     "InstrumentationFramework",
+    "Precision",
+    "add_coordinates",
     "analyze_activations_with_tokens",
     "append",
+    "choose_precision",
     "compact",
     "describe",
     "estimate",
+    "group_statistics",
     "open_dataset",
     "open_stream",
     "recover",
+    "remove_added",
     "verify",
 ]
 

@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -24,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import actstore
-from actstore import codecs, files
-from actstore.archive import layout, shards, store
+from actstore.archive import jobs, layout, shards, store
 from actstore.archive.coordinates import STRING, Coordinate, Runs, pass_columns, token_columns
-from actstore.archive.grid import Shard
+from actstore.archive.jobs import Job, Read, Written
 from actstore.archive.journal import Journal
+from actstore.archive.precision import EXACT, SCALE, Errors, Precision
 from actstore.errors import ActstoreError, ArchiveError, ConfigError
 from actstore.stream import summary
 from actstore.stream.joined import JoinedReader
@@ -38,7 +39,6 @@ from actstore.stream.rows import ElementReader, RowReader
 __all__ = [
     "CompactionReport",
     "Content",
-    "Job",
     "check_workers",
     "compact",
     "dense_jobs",
@@ -56,10 +56,10 @@ __all__ = [
 
 #: Called with the bytes that are done and those that there are.
 Progress = Callable[[int, int], None]
-#: Gives rows, or elements, from the first to before the last.
-Read = Callable[[int, int], NDArray[Any]]
 Pathlike = str | os.PathLike[str]
 Reader = StreamReader | JoinedReader
+#: A precision for all floats, or for the variables or sites whose names match.
+Wanted = str | Precision | Mapping[str, str | Precision] | None
 
 _WORKERS: Final = 2
 _MEMORY_GB: Final = 1.0
@@ -110,48 +110,6 @@ class CompactionReport:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """One shard to write: of which array, what reads its rows, and whose bytes they are.
-
-    ``place`` is its place on ``layer``, where the array has that; ``owners`` has the raw bytes
-    that each module has in it; ``link`` is a file that is this shard already.
-    """
-
-    name: str
-    place: tuple[int, ...]
-    trailing: int
-    shard: Shard
-    row_bytes: int
-    fill: Any
-    owners: Mapping[str, int]
-    read: Read
-    link: Path | None = None
-
-    @property
-    def file(self) -> str:
-        """Its file, within the archive."""
-        place = (*self.place, self.shard.number, *(0,) * self.trailing)
-        return shards.shard_path(Path(), self.name, place).as_posix()
-
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of its rows that are there, in the model's dtype."""
-        return sum(self.owners.values())
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of one of its chunks."""
-        return self.shard.chunk_rows * self.row_bytes
-
-    def chunks(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Read its chunks that hold anything from the log, one after the other."""
-        shard = self.shard
-        for number in np.flatnonzero(shard.present).tolist():
-            first = shard.first + number * shard.chunk_rows
-            yield number, self.read(first, min(first + shard.chunk_rows, shard.last))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Content:
     """What an archive will hold, before any value is read.
 
@@ -167,6 +125,8 @@ class Content:
         What ``provenance`` says of each.
     analysis : mapping
         Counts of all of them, as `summary.merge` gives them.
+    precision : mapping of str to Precision
+        Of the variables that give up some.
     """
 
     plan: layout.Plan
@@ -174,9 +134,10 @@ class Content:
     runs: tuple[Mapping[str, Any], ...]
     logs: tuple[Mapping[str, Any], ...]
     analysis: Mapping[str, Any]
+    precision: Mapping[str, Precision] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, reader: Reader, tokenizer: Any = None) -> Content:
+    def of(cls, reader: Reader, tokenizer: Any = None, precision: Wanted = None) -> Content:
         """Plan the archive of a log, or of several."""
         plan, logs, runs = plan_log(reader, tokenizer), _logs(reader), runs_of(reader)
         return cls(
@@ -196,7 +157,12 @@ class Content:
                 for one in logs
             ),
             summary.merge([summary.summarise(one) for one in logs]),
+            _precisions(plan, precision),
         )
+
+    def jobs(self, reader: Reader) -> list[Job]:
+        """Give the shards to write."""
+        return list(_jobs(reader, self.plan, self.precision))
 
     def fingerprint(self, jobs: Sequence[Job]) -> str:
         """Give what tells one making of an archive from another: the logs, plan and shards."""
@@ -208,6 +174,7 @@ class Content:
             "arrays": [
                 (one.name, one.dims, one.shape, one.source.name) for one in self.plan.variables
             ],
+            "precision": {name: str(one) for name, one in self.precision.items()},
         }
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -217,6 +184,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     out: Pathlike,
     *,
     profile: str = "balanced",
+    precision: Wanted = None,
     tokenizer: Any = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
@@ -241,6 +209,26 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     profile : {"balanced", "fast", "dense", "none"}
         Of the archive's chunks, always lossless: small at little cost; LZ4; the smallest, which
         takes about three times as long to encode, and no longer to read; raw.
+    precision : str, Precision, or mapping, optional
+        How much of the floats is kept: all where nothing is said. Of all of them, or a mapping
+        from names of variables or sites, globs among them, of which the first that matches
+        counts. Ragged arrays, integers and complex numbers are always kept whole. Promised of
+        every chunk, and checked while it is written; one that would break it is kept whole:
+
+        ``"relative=e"``
+            Each value is within e times itself: bit-rounding.
+        ``"bfloat16"``, ``"float16"``
+            Each value is the nearest of that dtype; none overflows.
+        ``"nmse=e"``
+            The squared error is at most e times the values' squares: codes with a step for each
+            row. Small features beside large ones may become 0.
+        ``"mse=e"``
+            The mean squared error is at most e: codes with one step.
+        ``"int8"``
+            Each value is within 1/252 of the largest of its row: 255 codes a row.
+
+        The first three are plain floats in the archive; xarray decodes ``mse``, and
+        `open_dataset`, or ``dataset.actstore.decode()`` of what others opened, all of them.
     tokenizer : object, optional
         With ``decode([id])``: gives the rows' ``token_text``.
     shapes, dtypes : mapping, optional
@@ -276,10 +264,10 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     check_workers(workers)
     _check_target(target)
     with opened(paths, shapes, dtypes) as reader:
-        content = Content.of(reader, tokenizer)
-        jobs = list(_jobs(reader, content.plan))
-        threads = fitting(jobs, workers, max_memory_gb)
-        made = write_archive(content, jobs, target, profile, threads, progress)
+        content = Content.of(reader, tokenizer, precision)
+        mine = content.jobs(reader)
+        threads = fitting(mine, workers, max_memory_gb)
+        made = write_archive(content, mine, target, profile, threads, progress)
     if remove_logs:
         for path in paths:
             path.unlink()
@@ -311,9 +299,7 @@ def fitting(jobs: Sequence[Job], workers: int, gigabytes: float) -> int:
     ConfigError
         Not even one does.
     """
-    needed = max(
-        (shards.memory_of(job.shard.present.size, job.chunk_bytes) for job in jobs), default=0
-    )
+    needed = max((job.memory for job in jobs), default=0)
     threads = (int(gigabytes * 1e9) - _BESIDE) // needed if needed else workers
     if threads < 1:
         msg = (
@@ -372,7 +358,9 @@ def differences(
     """
     with opened(streams, shapes, dtypes) as reader:
         plan = plan_log(reader)
-        for job in _jobs(reader, plan):
+        said = store.read_attributes(folder).get("precision", {})
+        precision = {name: Precision.parse(one) for name, one in said.items()}
+        for job in _jobs(reader, plan, precision):
             reason = _difference(folder, job)
             if reason:
                 yield f"{job.file}, rows {job.shard.first} to {job.shard.last}", reason
@@ -390,16 +378,50 @@ def differences(
 
 def _difference(folder: Path, job: Job) -> str:
     """Say how the rows of a shard differ from the log's, if they do."""
-    try:
-        found = store.read_rows(folder, job.name, job.place, job.shard.first, job.shard.last)
-    except (OSError, ValueError, RuntimeError, ArchiveError) as error:
-        return f"it can't be read: {error}"
-    for number, rows in job.chunks():
+    read: dict[str, NDArray[Any]] = {}
+    for number in np.flatnonzero(job.shard.present).tolist():
         start = number * job.shard.chunk_rows
-        mine = found[start : start + len(rows)]
-        if mine.dtype != rows.dtype or mine.tobytes() != rows.tobytes():
-            return f"its chunk {number} has other values than the logs"
+        for name, rows in job.stored(number).items():
+            if name not in read:
+                try:
+                    read[name] = store.read_rows(
+                        folder, name, job.place, job.shard.first, job.shard.last
+                    )
+                except (OSError, ValueError, RuntimeError, ArchiveError) as error:
+                    return f"{name} can't be read: {error}"
+            mine = read[name][start : start + len(rows)]
+            if mine.dtype != rows.dtype or mine.tobytes() != rows.tobytes():
+                return f"its chunk {number} has other values than the logs"
     return ""
+
+
+def _precisions(plan: layout.Plan, wanted: Wanted) -> dict[str, Precision]:
+    """Give the precision of each variable that gives up some.
+
+    Raises
+    ------
+    ConfigError
+        It is none, or a name matches no variable.
+    """
+    if wanted is None:
+        return {}
+    given = wanted if isinstance(wanted, Mapping) else {"*": wanted}
+    by_name = {name: Precision.parse(one) for name, one in given.items()}
+    for name in by_name:
+        if name != "*" and not any(_is_meant(name, one) for one in plan.variables):
+            known = ", ".join(repr(one.name) for one in plan.variables)
+            msg = f"precision names {name!r}, which no variable is called; there are {known}"
+            raise ConfigError(msg)
+    found = {}
+    for variable in plan.variables:
+        mine = next((one for name, one in by_name.items() if _is_meant(name, variable)), None)
+        if mine is not None and mine.applies(variable.dtype, variable.row_shape):
+            found[variable.name] = mine
+    return found
+
+
+def _is_meant(name: str, variable: layout.Variable) -> bool:
+    return fnmatchcase(variable.name, name) or fnmatchcase(variable.site, name)
 
 
 def plan_log(reader: Reader, tokenizer: Any = None) -> layout.Plan:
@@ -468,12 +490,15 @@ def _write(
                 progress(done, total)
     stored = Counter[str]()
     for job in jobs:
-        stored.update(_shares(job.owners, journal.done[job.file]))
+        stored.update(_shares(job.owners, journal.done[job.file].nbytes))
     writer = store.ArchiveWriter(journal.folder)
-    _describe_arrays(writer, plan, profile)
+    _describe_arrays(writer, content, profile)
+    for name, exact in _exact(plan, jobs, journal.done).items():
+        _describe_exact(writer, plan, name, exact, profile)
     _check_arrays(journal.folder, jobs)
     _add_labels(writer, content)
-    writer.finish(_attributes(content, stored, profile, journal.created))
+    errors = _errors(jobs, journal.done)
+    writer.finish(_attributes(content, stored, errors, profile, journal.created))
     return {
         "rows": plan.rows,
         "variables": (
@@ -507,18 +532,20 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _jobs(reader: Reader, plan: layout.Plan) -> Iterator[Job]:
+def _jobs(reader: Reader, plan: layout.Plan, precision: Mapping[str, Precision]) -> Iterator[Job]:
     """Give the shards to write: those that hold anything."""
     for one in plan.variables:
         rows = [row_reader(reader, one, place) for place in range(len(one.modules))]
         reads = [partial(mine.read, fill=one.fill) if mine else None for mine in rows]
-        yield from dense_jobs(one, reads)
+        yield from dense_jobs(one, reads, precision.get(one.name))
     for ragged in plan.ragged:
         layers = reader.table.layer[ragged.packets]
         yield from ragged_jobs(ragged, layers, reader, element_reader(reader, ragged).read)
 
 
-def dense_jobs(variable: layout.Variable, reads: Sequence[Read | None]) -> Iterator[Job]:
+def dense_jobs(
+    variable: layout.Variable, reads: Sequence[Read | None], precision: Precision | None = None
+) -> Iterator[Job]:
     """Give the shards of a variable.
 
     Parameters
@@ -527,6 +554,8 @@ def dense_jobs(variable: layout.Variable, reads: Sequence[Read | None]) -> Itera
         The variable.
     reads : sequence of callable or None
         What reads the rows of each of its places; None where there are none.
+    precision : Precision, optional
+        How much of them is kept.
     """
     for place, (module, read) in enumerate(zip(variable.modules, reads, strict=True)):
         if read is None:
@@ -535,12 +564,13 @@ def dense_jobs(variable: layout.Variable, reads: Sequence[Read | None]) -> Itera
             yield Job(
                 variable.name,
                 (place,) * variable.token_axis,
-                len(variable.row_shape),
+                variable.row_shape,
+                variable.dtype,
                 shard,
-                variable.array_row_bytes,
                 variable.fill,
                 {module: shard.rows * variable.row_bytes},
                 read,
+                precision=precision,
             )
 
 
@@ -567,8 +597,7 @@ def ragged_jobs(
         inside = np.minimum(ends, shard.last) - np.maximum(ragged.offsets, shard.first)
         nbytes = inside.clip(0) * itemsize
         owners = {names[one]: int(nbytes[layers == one].sum()) for one in kinds}
-        size = ragged.source.array.itemsize
-        yield Job(ragged.values_name, (), 0, shard, size, 0, owners, read)
+        yield Job(ragged.values_name, (), (), ragged.source.array, shard, 0, owners, read)
 
 
 def _shares(owners: Mapping[str, int], nbytes: int) -> dict[str, int]:
@@ -581,39 +610,26 @@ def _shares(owners: Mapping[str, int], nbytes: int) -> dict[str, int]:
 
 
 def _write_shard(journal: Journal, job: Job, profile: str) -> None:
-    """Write a shard, compare what it decodes to with the log, and its file with what it is."""
-    if job.link is not None:
-        journal.add(job.file, files.link_or_copy(job.link, journal.folder / job.file))
-        return
+    """Write a shard, compare what it decodes to with the log, and its files with what they are."""
     try:
-        shard = job.shard
-        count = shard.present.size
-        room = shards.room(job.chunk_bytes, int(shard.present.sum()), count)
-        encoded = shards.encode_shard(
-            job.chunks(),
-            shard.chunk_rows,
-            count,
-            job.fill,
-            profile,
-            codecs.scratch("shard", room),
-        )
-        nbytes = shards.write_shard(journal.folder / job.file, encoded)
+        written = jobs.write(job, journal.folder, profile)
     except shards.MismatchError as error:
         raise _unverified(job) from error
-    journal.add(job.file, nbytes)
+    journal.add(job.file, written)
 
 
 def _check_arrays(folder: Path, jobs: Sequence[Job]) -> None:
     """Read a chunk of each array by zarr-python, as its metadata says, and compare it."""
     for job in {job.name: job for job in jobs}.values():
-        number, wanted = next(job.chunks())
+        number = int(np.flatnonzero(job.shard.present)[0])
         first = job.shard.first + number * job.shard.chunk_rows
-        try:
-            found = store.read_rows(folder, job.name, job.place, first, first + len(wanted))
-        except (ValueError, RuntimeError) as error:
-            raise _unverified(job) from error
-        if found.dtype != wanted.dtype or found.tobytes() != wanted.tobytes():
-            raise _unverified(job)
+        for name, wanted in job.stored(number).items():
+            try:
+                found = store.read_rows(folder, name, job.place, first, first + len(wanted))
+            except (ValueError, RuntimeError) as error:
+                raise _unverified(job) from error
+            if found.dtype != wanted.dtype or found.tobytes() != wanted.tobytes():
+                raise _unverified(job)
 
 
 def _unverified(job: Job) -> ArchiveError:
@@ -625,19 +641,32 @@ def _unverified(job: Job) -> ArchiveError:
     return ArchiveError(msg)
 
 
-def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, profile: str) -> None:
-    for one in plan.variables:
+def _describe_arrays(writer: store.ArchiveWriter, content: Content, profile: str) -> None:
+    for one in content.plan.variables:
+        precision = content.precision.get(one.name)
         writer.add_array(
             one.name,
             one.dims,
             one.shape,
-            one.dtype,
+            precision.code_dtype if precision and precision.coded else one.dtype,
             chunks=one.chunks,
             shards=one.shards,
             profile=profile,
-            attributes=one.attributes,
+            attributes=one.attributes | (precision.attributes() if precision else {}),
         )
-    for ragged in plan.ragged:
+        if precision and precision.scaled:
+            leading = one.token_axis + 1
+            writer.add_array(
+                f"{one.name}{SCALE}",
+                one.dims[:leading],
+                one.shape[:leading],
+                np.dtype(np.float32),
+                chunks=one.shards[:leading],
+                shards=one.shards[:leading],
+                profile=profile,
+                attributes={},
+            )
+    for ragged in content.plan.ragged:
         writer.add_array(
             ragged.values_name,
             ragged.dims,
@@ -648,6 +677,57 @@ def _describe_arrays(writer: store.ArchiveWriter, plan: layout.Plan, profile: st
             profile=profile,
             attributes=ragged.attributes,
         )
+
+
+def _describe_exact(
+    writer: store.ArchiveWriter,
+    plan: layout.Plan,
+    name: str,
+    present: NDArray[np.bool_],
+    profile: str,
+) -> None:
+    """Describe the array of the rows of a variable that have no codes, and say which these are."""
+    one = next(one for one in plan.variables if one.name == name)
+    leading = one.token_axis + 1
+    writer.add_array(
+        f"{name}{EXACT}",
+        one.dims,
+        one.shape,
+        np.result_type(one.dtype, np.float32),
+        chunks=one.chunks,
+        shards=one.shards,
+        profile=profile,
+        attributes={},
+    )
+    there = present.reshape(one.shape[:leading])
+    writer.add_small(Coordinate(f"{name}{EXACT}_present", one.dims[:leading], there))
+
+
+def _exact(
+    plan: layout.Plan, jobs: Sequence[Job], done: Mapping[str, Written]
+) -> dict[str, NDArray[np.bool_]]:
+    """Give which rows of which variables have no codes: bool [layers, rows]."""
+    found: dict[str, NDArray[np.bool_]] = {}
+    shapes = {one.name: (len(one.modules), one.rows) for one in plan.variables}
+    for job in jobs:
+        for number in done[job.file].exact:
+            rows = found.setdefault(job.name, np.zeros(shapes[job.name], np.bool_))
+            first = job.shard.first + number * job.shard.chunk_rows
+            rows[(*job.place, 0)[0], first : first + job.shard.chunk_rows] = True
+    return found
+
+
+def _errors(jobs: Sequence[Job], done: Mapping[str, Written]) -> dict[str, dict[str, Any]]:
+    """Give how far off the values of each layer are, by its name, and of which precision."""
+    found: dict[str, Errors] = {}
+    precision: dict[str, str] = {}
+    for job in jobs:
+        errors = done[job.file].errors
+        if errors is not None:
+            (layer,) = job.owners  # of a variable a shard is one layer's
+            found[layer] = found.get(layer, Errors()) + errors
+            precision[layer] = str(job.precision)
+    return {layer: {"precision": precision[layer], **one.said()} for layer, one in found.items()}
 
 
 def _add_labels(writer: store.ArchiveWriter, content: Content) -> None:
@@ -665,7 +745,11 @@ def _add_labels(writer: store.ArchiveWriter, content: Content) -> None:
 
 
 def _attributes(
-    content: Content, stored: Mapping[str, int], profile: str, created: str
+    content: Content,
+    stored: Mapping[str, int],
+    errors: Mapping[str, Mapping[str, Any]],
+    profile: str,
+    created: str,
 ) -> dict[str, Any]:
     plan = content.plan
     labels = [one.name for one in plan.coordinates if one.dims != (one.name,)]
@@ -676,8 +760,9 @@ def _attributes(
         "rows": dict(plan.rows),
         "aliases": dict(plan.aliases),
         "profile": profile,
+        "precision": {name: str(one) for name, one in content.precision.items()},
         "runs": content.runs,
-        "analysis": _analysis(content.analysis, stored, profile),
+        "analysis": _analysis(content.analysis, stored, errors, profile),
         "provenance": {
             "writer": {"name": "actstore", "version": actstore.__version__},
             "created": created,
@@ -686,10 +771,17 @@ def _attributes(
     }
 
 
-def _analysis(found: Mapping[str, Any], stored: Mapping[str, int], profile: str) -> dict[str, Any]:
+def _analysis(
+    found: Mapping[str, Any],
+    stored: Mapping[str, int],
+    errors: Mapping[str, Mapping[str, Any]],
+    profile: str,
+) -> dict[str, Any]:
     """Give what ``analyze_activations`` says of the archive: the logs' counts, its own bytes."""
     per_layer = {
-        name: {**layer, "bytes": stored.get(name, 0)} for name, layer in found["per_layer"].items()
+        name: {**layer, "bytes": stored.get(name, 0)}
+        | ({"errors": dict(errors[name])} if name in errors else {})
+        for name, layer in found["per_layer"].items()
     }
     total, raw = sum(stored.values()), found["total_raw_bytes"]
     kept = {name: value for name, value in found.items() if name != "stream_path"}

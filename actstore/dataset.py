@@ -25,7 +25,8 @@ from xarray.core import indexing
 from actstore import files
 from actstore.accessor import remember_lazy
 from actstore.archive import layout, store
-from actstore.archive.reading import ShardedRows
+from actstore.archive.precision import CODING
+from actstore.archive.reading import Rows, ShardedRows, value_rows
 from actstore.compaction import element_reader, plan_log, row_reader
 from actstore.errors import FormatError, UnsupportedVersionError
 from actstore.stream.legacy import is_legacy
@@ -36,6 +37,8 @@ __all__ = ["is_dataset", "open_dataset", "open_lazily"]
 
 Chunks = Literal["auto"] | Mapping[Any, Any] | int | None
 
+#: What an encoding says of how a variable is cut.
+_CUT: Final = ("chunks", "shards", "preferred_chunks")
 #: Containers of later versions, by how their names end.
 _LATER: Final = {".zip": "zipped archives", ".h5": "HDF5 files", ".hdf5": "HDF5 files"}
 
@@ -134,16 +137,24 @@ def _by_shards(dataset: xr.Dataset) -> xr.Dataset:
 
 def _over_archive(folder: Path) -> xr.Dataset:
     """Open an archive; its large arrays are read by us, which is faster, what we can't by zarr."""
-    root = _read_root(folder)
+    arrays = store.arrays_of(_read_root(folder))
     dataset = store.open_xarray(folder)
-    ours = {}
-    for name, said in store.arrays_of(root).items():
-        reader = ShardedRows.of(folder.absolute() / name, said)
-        if name in dataset.data_vars and reader is not None:
-            variable = dataset.variables[name]
-            lazy = indexing.LazilyIndexedArray(_Shards(reader))
-            ours[name] = xr.Variable(variable.dims, lazy, variable.attrs, variable.encoding)
-    return dataset.assign(ours)
+    said = {name: one["attributes"] for name, one in arrays.items() if "/" not in name}
+    found, parts = value_rows(
+        said, lambda name: ShardedRows.of(folder.absolute() / name, arrays[name])
+    )
+    ours = {
+        name: _values(dataset.variables[name], rows, said[name]) for name, rows in found.items()
+    }
+    return dataset.assign(ours).drop_vars(parts)
+
+
+def _values(variable: xr.Variable, rows: Rows, said: Mapping[str, Any]) -> xr.Variable:
+    """Give a variable as values, whatever they are stored as."""
+    attributes = {name: one for name, one in said.items() if name not in CODING}
+    encoding = {name: one for name, one in variable.encoding.items() if name in _CUT}
+    lazy = indexing.LazilyIndexedArray(_Shards(rows))
+    return xr.Variable(variable.dims, lazy, attributes, encoding)
 
 
 def _over_log(reader: StreamReader) -> xr.Dataset:
@@ -220,7 +231,7 @@ class _Layers(BackendArray, ABC):
 class _Shards(_Layers):
     """An array of values of an archive."""
 
-    def __init__(self, reader: ShardedRows) -> None:
+    def __init__(self, reader: Rows) -> None:
         super().__init__(reader.shape, reader.dtype, reader.axis)
         self._reader = reader
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from actstore import files
+from actstore.archive.jobs import Written
 from actstore.errors import ActstoreError, ArchiveError
 
 __all__ = ["Journal"]
@@ -42,8 +43,8 @@ class Journal:
         Where the archive is made.
     created : str
         When that began, in UTC.
-    done : dict of str to int
-        File of a finished shard, within the folder -> its bytes.
+    done : dict of str to Written
+        File of a finished shard, within the folder -> what was written of it.
 
     Raises
     ------
@@ -55,7 +56,7 @@ class Journal:
         self.folder = target.with_name(f".{target.name}.partial")
         self.path = target.with_name(f".{target.name}.journal")
         self.created = now
-        self.done: dict[str, int] = {}
+        self.done: dict[str, Written] = {}
         self._target = target
         self._making = making
         self._descriptor = -1
@@ -83,11 +84,11 @@ class Journal:
             self.path.unlink()
         self._close()
 
-    def add(self, name: str, nbytes: int) -> None:
-        """Note that a shard is finished: on the disk, under its name."""
+    def add(self, name: str, written: Written) -> None:
+        """Note that a shard is finished: its files are on the disk, under their names."""
         with self._lock:
-            self._write({"shard": name, "bytes": nbytes})
-            self.done[name] = nbytes
+            self._write({"shard": name, **written.to_json()})
+            self.done[name] = written
 
     def finish(self) -> None:
         """Give the archive its name."""
@@ -95,22 +96,12 @@ class Journal:
         self.path.unlink()
 
     def _take(self) -> None:
-        """Open the journal and take its lock; it may be removed in between."""
-        while True:
-            self._descriptor = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND
-            )
-            try:
-                files.lock(self._descriptor, self.path)
-            except files.LockedError as error:
-                self._close()
-                msg = f"another compaction is making {self._target}; wait for it to end"
-                raise ArchiveError(msg) from error
-            if self.path.exists() and os.path.samestat(
-                os.fstat(self._descriptor), self.path.stat()
-            ):
-                return
-            self._close()
+        """Open the journal and take its lock."""
+        try:
+            self._descriptor = files.take(self.path)
+        except files.LockedError as error:
+            msg = f"another compaction is making {self._target}; wait for it to end"
+            raise ArchiveError(msg) from error
 
     def _check_target(self) -> None:
         if os.path.lexists(self._target):
@@ -124,22 +115,24 @@ class Journal:
             begun, *shards = (json.loads(line) for line in lines)
             if begun["making"] != self._making or not self.folder.is_dir():
                 return False
-            done = {one["shard"]: one["bytes"] for one in shards}
+            done = {one["shard"]: Written.parse(one) for one in shards}
         except (ValueError, KeyError, TypeError):
             return False
+        self.done = {name: one for name, one in done.items() if self._is_whole(one)}
+        kept = {file for one in self.done.values() for file in one.files}
         for path in sorted(self.folder.rglob("*"), reverse=True):
-            name = path.relative_to(self.folder).as_posix()
             if path.is_dir():
                 if not any(path.iterdir()):
                     path.rmdir()
-            elif done.get(name) != path.stat().st_size:
+            elif path.relative_to(self.folder).as_posix() not in kept:
                 path.unlink()
-                done.pop(name, None)
-            else:
-                self.done[name] = done[name]
         self.created = begun["created"]
         os.ftruncate(self._descriptor, sum(len(line) + 1 for line in lines))
         return True
+
+    def _is_whole(self, written: Written) -> bool:
+        paths = [(self.folder / file, nbytes) for file, nbytes in written.files.items()]
+        return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths)
 
     def _begin(self) -> None:
         if self.folder.exists():

@@ -34,6 +34,7 @@ from actstore.archive.coordinates import (
 )
 from actstore.archive.grid import Segments, Shard, chunk_rows, cut, shard_rows
 from actstore.archive.names import Names, plain_json
+from actstore.archive.precision import EXACT, SCALE
 from actstore.packet import LayerInfo, PassInfo, TokenRecord
 
 __all__ = ["Plan", "Ragged", "Source", "Variable", "plan"]
@@ -353,7 +354,8 @@ def _name_groups(aligned: Sequence[Aligned], names: Names) -> dict[str, list[Ali
         usual = weight.most_common(1)[0][0]
         stem = site if call == 0 else f"{site}_call{call}"
         for form in sorted(weight, key=lambda form: form != usual):
-            ends = ("", "_present", *(f"_feature{number or ''}" for number in range(len(form[1]))))
+            beside = ("", "_present", SCALE, EXACT, f"{EXACT}_present")
+            ends = (*beside, *(f"_feature{number or ''}" for number in range(len(form[1]))))
             name = names.give(stem + _suffix(form, usual), ends)
             groups[name] = [one for one in mine if one.form == form]
     return groups

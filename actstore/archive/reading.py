@@ -9,24 +9,47 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore import codecs
+from actstore.archive.precision import EXACT, SCALE, decoded
 from actstore.archive.shards import EMPTY, index_bytes, is_sealed, shard_path
 from actstore.errors import ArchiveError, FormatError
 
-__all__ = ["ShardedRows"]
+__all__ = ["CodedRows", "Rows", "ShardedRows", "value_rows"]
 
 Integers = NDArray[np.int64]
 _INDICES: Final = 4096  # shards whose index is kept
 _ALONE: Final = 4  # chunks that are not worth threads
+
+
+_PIECE: Final = 1 << 20  # values that are decoded at a time
+
+
+class Rows(Protocol):
+    """The rows of an array of values, of whatever container."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+
+    @property
+    def axis(self) -> int:
+        """The place of the rows among its dimensions: 0, or 1 behind ``layer``."""
+
+    def read(self, layer: int, rows: Integers) -> NDArray[Any]:
+        """Read rows of a layer, in the order given: [n, *row_shape]."""
 
 
 class _Wanted(NamedTuple):
@@ -264,3 +287,84 @@ class ShardedRows:
         place = f" of layer {layer}" if self.axis else ""
         msg = f"{self.folder}: chunk {chunk}{place} is damaged: {reason}; see actstore.verify"
         return ArchiveError(msg)
+
+
+class CodedRows:
+    """The values of an array of codes.
+
+    Parameters
+    ----------
+    codes : Rows
+        Its own rows.
+    scale : Rows or float
+        Of each row, or of all.
+    exact : Rows or None
+        The rows that have no codes, where there are any.
+    dtype : numpy.dtype
+        Of the values.
+    """
+
+    def __init__(
+        self, codes: Rows, scale: Rows | float, exact: Rows | None, dtype: np.dtype
+    ) -> None:
+        self.shape, self.axis, self.dtype = codes.shape, codes.axis, dtype
+        self._codes, self._scale, self._exact = codes, scale, exact
+
+    def read(self, layer: int, rows: Integers) -> NDArray[Any]:
+        """Read rows of a layer, in the order given; rows that were never written are NaN."""
+        codes = self._codes.read(layer, rows)
+        scale = (
+            np.full(len(rows), self._scale, np.float32)
+            if isinstance(self._scale, float)
+            else self._scale.read(layer, rows)
+        )
+        values = np.empty(codes.shape, self.dtype)
+        size = max(_PIECE // max(codes[:1].size, 1), 1)
+        pieces = [slice(first, first + size) for first in range(0, len(rows), size)]
+
+        def decode(piece: slice) -> None:
+            values[piece] = decoded(codes[piece], scale[piece], self.dtype)
+
+        if len(pieces) < _ALONE:
+            for piece in pieces:
+                decode(piece)
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for _ in pool.map(decode, pieces):
+                    pass
+        if self._exact is not None and codes.size:
+            without = np.flatnonzero(codes.reshape(len(codes), -1)[:, 0] == 0)
+            if without.size:
+                values[without] = self._exact.read(layer, rows[without])
+        return values
+
+
+def value_rows(
+    arrays: Mapping[str, Mapping[str, Any]], opened: Callable[[str], Rows | None]
+) -> tuple[dict[str, Rows], set[str]]:
+    """Give what reads the values of each array, codes or not, and the arrays that are parts of it.
+
+    Parameters
+    ----------
+    arrays : mapping of str to mapping
+        The arrays of the root, and their attributes.
+    opened : callable
+        Gives what reads the rows of an array by its name; None where nothing of ours can.
+    """
+    found: dict[str, Rows] = {}
+    parts: set[str] = set()
+    for name, said in arrays.items():
+        rows = opened(name) if "source_dtype" in said else None
+        if rows is None:
+            continue
+        if "code_offset" in said or "scale_factor" in said:
+            beside = [f"{name}{end}" for end in (SCALE, EXACT, f"{EXACT}_present")]
+            parts.update(one for one in beside if one in arrays)
+            scale = opened(beside[0]) if "code_offset" in said else float(said["scale_factor"])
+            exact = opened(beside[1]) if beside[1] in arrays else None
+            if scale is None:
+                continue
+            wide = said["source_dtype"] == "float64"
+            rows = CodedRows(rows, scale, exact, np.dtype("f8" if wide else "f4"))
+        found[name] = rows
+    return found, parts
