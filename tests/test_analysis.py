@@ -692,3 +692,80 @@ def test_random_bits_of_every_kind_are_taken(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         some.resid_mean, mean, rtol=1e-6, atol=1e-6 * np.abs(x[finite]).max()
     )
+
+
+# -- kept in the archive ------------------------------------------------------------------------
+
+
+def test_results_are_kept_in_the_archive_and_verified(archive: Path) -> None:
+    with actstore.open_dataset(archive) as found:
+        summary = analysis.statistics(found)
+        top = analysis.top_activations(found, "resid", [1, 2], layer=1, k=3)
+        change = analysis.layer_change(found)
+    for name, one in (("summary", summary), ("top", top), ("change", change.to_dataset())):
+        analysis.save(one, archive, name)
+        again = analysis.saved(archive, name)
+        xr.testing.assert_identical(_as_text(again), _as_text(one))
+        with xr.open_zarr(archive, group=f"statistics/{name}", consolidated=False) as plain:
+            xr.testing.assert_equal(_as_text(plain.compute()), _as_text(one))
+    assert actstore.verify(archive).ok
+    with actstore.open_dataset(archive) as found:
+        xr.testing.assert_identical(analysis.statistics(found), summary)
+    chunk = next(
+        one for one in (archive / "statistics/summary/resid_mean/c").rglob("*") if one.is_file()
+    )
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    damaged = actstore.verify(archive)
+    assert not damaged.ok
+    assert "statistics/summary/resid_mean" in str(damaged.damage)
+
+
+def _as_text(one: xr.Dataset) -> xr.Dataset:
+    """Give text as objects, however it is held."""
+    return one.assign(
+        {name: v.astype(object) for name, v in one.variables.items() if v.dtype.kind in "OUT"}
+    )
+
+
+def test_results_are_replaced_only_when_asked(archive: Path) -> None:
+    one = analysis.statistics(dataset(normal(4, 2)), quantiles=())
+    analysis.save(one, archive, "mine")
+    with pytest.raises(ConfigError, match="replace=True"):
+        analysis.save(one, archive, "mine")
+    analysis.save(one.v_mean, archive, "mine", replace=True)
+    assert list(analysis.saved(archive)) == ["v_mean"]
+    actstore.remove_added(archive, "statistics/mine")
+    with pytest.raises(ConfigError, match="which has none"):
+        analysis.saved(archive)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", None])
+def test_a_name_that_is_no_folders_is_refused(archive: Path, name: Any) -> None:
+    with pytest.raises(ConfigError):
+        analysis.save(analysis.token_norms(dataset(normal(4, 2))), archive, name)
+    assert actstore.verify(archive).ok
+
+
+def test_only_archives_keep_results_and_only_results_are_kept(
+    log: LogBuilder, archive: Path
+) -> None:
+    one = analysis.token_norms(dataset(normal(4, 2)))
+    with pytest.raises(actstore.ActstoreError, match="archive"):
+        analysis.save(one, log.path, "x")
+    with pytest.raises(ConfigError, match="results must be"):
+        analysis.save({}, archive, "x")  # type: ignore[arg-type]
+
+
+def test_codes_are_not_taken_for_values(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream", width=64, dtype="float32")
+    archive = actstore.compact(log.path, tmp_path / "small.zarr", precision="int8").path
+    with actstore.open_dataset(archive) as found, xr.open_zarr(archive) as plain:
+        assert plain.resid.dtype.kind in "iu"
+        for variables in (None, "resid"):
+            with pytest.raises(ConfigError, match="decode"):
+                analysis.statistics(plain, variables)
+        xr.testing.assert_allclose(
+            analysis.statistics(plain.actstore.decode()), analysis.statistics(found)
+        )

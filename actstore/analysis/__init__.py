@@ -8,6 +8,7 @@ block within a budget, and gives labelled arrays. Opening is ``dataset.py``'s, f
 from __future__ import annotations
 
 from actstore.analysis.rows import layer_change, token_norms, top_activations
+from actstore.analysis.saving import save, saved
 from actstore.analysis.spectra import covariance, pca
 from actstore.analysis.summary import outlier_features, statistics
 
@@ -16,6 +17,8 @@ __all__ = [
     "layer_change",
     "outlier_features",
     "pca",
+    "save",
+    "saved",
     "statistics",
     "token_norms",
     "top_activations",

@@ -174,6 +174,16 @@ def sources(
     if not chosen:
         msg = f"there is no variable to look at; with rows of a token axis there are {known}"
         raise ConfigError(msg)
+    codes = [
+        name
+        for name in (known if variables is None else chosen)
+        if name in dataset
+        and "precision" in dataset[name].attrs
+        and dataset[name].dtype.kind in "iu"
+    ]
+    if codes:
+        msg = f"{', '.join(codes)}: stored as codes; dataset.actstore.decode() gives the values"
+        raise ConfigError(msg)
     for name in chosen:
         if rows.get(name) is None:
             msg = f"{name!r} is no variable with rows of a token axis; there are {known}"
