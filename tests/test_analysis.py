@@ -249,6 +249,7 @@ def test_variables_that_are_not_numbers_of_rows_are_refused_by_name() -> None:
     [
         ({"quantiles": [0.5, 1.5]}, "from 0 to 1"),
         ({"quantiles": ["x"]}, "from 0 to 1"),
+        ({"sample": 0}, "sample"),
         ({"workers": 0}, "workers"),
         ({"max_memory_gb": -1}, "max_memory_gb"),
         ({"max_memory_gb": 1e-9}, "too little"),
@@ -309,7 +310,7 @@ def test_any_split_of_the_rows_gives_the_same_state(case: tuple[Values, list[int
     def state(rows: slice) -> moments.State:
         part = variable[rows]
         keep = np.ones(part.shape[0], np.bool_)
-        return moments.state_of(part, keep, 1 << 20, histogram=True, threshold=100.0)
+        return moments.state_of(part, keep, 1 << 20, every=1, threshold=100.0)
 
     whole = state(slice(None))
     bounds = [0, *cuts, len(values)]
@@ -338,7 +339,7 @@ def test_any_split_of_the_rows_gives_the_same_state(case: tuple[Values, list[int
 @given(arrays.arrays(np.float32, st.integers(1, 200), elements=st.floats(width=32)))
 def test_a_quantile_is_within_its_relative_error(values: Values) -> None:
     histogram = np.zeros(sketch.BINS, np.int64)
-    sketch.count(values[:, None], np.empty(values.size, np.int64), histogram)
+    sketch.count(values, 1, np.empty(values.size, np.int64), histogram)
     finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
         assert np.isnan(sketch.quantiles(histogram, np.array([0.5]), np.inf, -np.inf)).all()
@@ -347,6 +348,32 @@ def test_a_quantile_is_within_its_relative_error(values: Values) -> None:
     found = sketch.quantiles(histogram, shares, finite.min(), finite.max())
     expected = np.quantile(finite, shares, method="inverted_cdf")
     assert (np.abs(found - expected) <= np.maximum(np.abs(expected), 2.0**-125) * 2.0**-8).all()
+
+
+@pytest.mark.parametrize("width", [1, 6, 33, 9001])
+@pytest.mark.usefixtures("cut")
+def test_a_sample_is_of_the_same_number_of_values_of_each_row_and_feature(width: int) -> None:
+    rows = 35
+    values = (np.arange(rows * width).reshape(rows, width) % 2**15).astype(np.float64)
+    bins = (values + 2**14).astype(np.uint32) << 16  # floats of which each has its own bin
+    found = analysis.statistics(
+        dataset(bins.view(np.float32)), quantiles=(0, 0.5), sample=values.size // 6
+    )
+    every = found.v_quantile.attrs["every"]
+    assert every == {1: 7, 6: 5, 33: 5, 9001: 5}[width]
+    counted = []
+    honest = moments.merge_states
+    (one,) = source.sources(dataset(bins.view(np.float32)), "v", padding=False)
+    state = moments.state_of(one.variable, one.keep[0], 7, every=every)
+    assert honest([state, state]).histogram.sum() == 2 * state.histogram.sum()
+    if width < 4096:
+        counted = np.flatnonzero(state.histogram) - 2**14
+        np.testing.assert_array_equal(counted, np.arange(0, values.size, every))
+        assert set(np.bincount(counted % width, minlength=width)) <= {
+            rows // every,
+            rows // every + 1,
+        }
+    assert abs(state.histogram.sum() - values.size / every) <= 1
 
 
 def test_values_beyond_float32_count_as_its_largest() -> None:
@@ -368,7 +395,7 @@ def test_tasks_can_be_sent_to_other_processes(archive: Path) -> None:
         part = next(resid.parts(1, 10))
         work, keep = pickle.loads(pickle.dumps((moments.state_of, part)))
         there = np.ones(keep.shape[0], np.bool_)
-        state = work(keep, there, 4, histogram=True, threshold=np.inf)
+        state = work(keep, there, 4, every=1, threshold=np.inf)
         again = pickle.loads(pickle.dumps(state))
         np.testing.assert_array_equal(again.moments.maximum, found.resid[1, :10].max("token"))
 
@@ -759,7 +786,12 @@ def test_only_archives_keep_results_and_only_results_are_kept(
 
 
 def test_codes_are_not_taken_for_values(tmp_path: Path) -> None:
-    log = decoder_log(tmp_path / "run.stream", width=64, dtype="float32")
+    log = LogBuilder(tmp_path / "run.stream")
+    log.layer("h.0", "resid", 0)
+    log.begin(axis(2, 40))
+    log.put("h.0", normal(2, 40, 64))
+    log.commit()
+    log.close()
     archive = actstore.compact(log.path, tmp_path / "small.zarr", precision="int8").path
     with actstore.open_dataset(archive) as found, xr.open_zarr(archive) as plain:
         assert plain.resid.dtype.kind in "iu"

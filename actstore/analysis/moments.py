@@ -29,7 +29,6 @@ Integers = NDArray[np.int64]
 
 _PIECE: Final = 1 << 16  # elements: three float32 arrays of it stay in 1 MiB of cache
 _MOST_ROWS: Final = 255  # of a piece, so that a byte counts them
-_MOST_COLUMNS: Final = 4096
 _MERGED: Final = 1 << 14  # features of blocks that are merged at once
 #: A shift is the mean of every so manieth row, and so no farther from the mean than 2.7 standard
 #: deviations: |shift - mean|² <= variance · (1 - f) / f for the mean of a fraction f.
@@ -162,8 +161,8 @@ def state_of(
     keep: NDArray[np.bool_],
     step: int,
     *,
-    histogram: bool,
-    threshold: float,
+    every: int = 0,
+    threshold: float = np.inf,
 ) -> State:
     """Read rows of one layer, and give their state.
 
@@ -175,14 +174,13 @@ def state_of(
         bool [rows]: those to look at.
     step : int
         Rows to read at once.
-    histogram : bool
-        Whether quantiles will be asked for.
-    threshold : float
+    every : int, optional
+        Every so manieth value is in the histogram; 0: none are.
+    threshold : float, optional
         From what magnitude on a value is large.
     """
     width = int(np.prod(values.shape[1:], dtype=np.int64))
-    counts = np.zeros(sketch.BINS if histogram else 0, np.int64)
-    moments, norms, passes = [Moments.none(width)], Norms(), _Pass(width, counts, threshold)
+    moments, norms, passes = [Moments.none(width)], Norms(), _Pass(width, every, threshold)
     with np.errstate(all="ignore"):
         for _, block in blocks_of(values, keep, step):
             found, squares = passes(block)
@@ -190,7 +188,7 @@ def state_of(
             if len(moments) * width >= _MERGED:
                 moments = [Moments.merge(moments)]
             norms = Norms.merge([norms, Norms.of(np.sqrt(squares))])
-        return State(Moments.merge(moments), norms, counts)
+        return State(Moments.merge(moments), norms, passes.histogram)
 
 
 class _Pass:
@@ -200,15 +198,22 @@ class _Pass:
     ----------
     width : int
         The elements of a row.
-    histogram : numpy.ndarray
-        int64: counts of values are added here, unless it is empty.
+    every : int
+        Every so manieth value is counted in the histogram; 0: none are.
     threshold : float
         From what magnitude on a value is large.
+
+    Attributes
+    ----------
+    histogram : numpy.ndarray
+        int64: of the values so far; empty if none are counted.
     """
 
-    def __init__(self, width: int, histogram: Integers, threshold: float) -> None:
-        self._histogram, self._threshold = histogram, threshold
-        self._columns = max(min(width, _MOST_COLUMNS), 1)
+    def __init__(self, width: int, every: int, threshold: float) -> None:
+        self.histogram = np.zeros(sketch.BINS if every else 0, np.int64)
+        self._every, self._threshold = every, threshold
+        self._left = 0  # values until the next that is counted
+        self._columns = max(min(width, sketch.PIECE), 1)
         self._rows = min(max(_PIECE // self._columns, 1), _MOST_ROWS)
         size = self._rows * self._columns
         self._zero = np.empty(size, np.bool_)
@@ -240,7 +245,7 @@ class _Pass:
         count = -(-rows // self._rows)
         sums = np.empty((count, 4, width), np.float32)
         ends = np.empty((2, count, width), np.float32)
-        small = sketch.smallest(self._histogram)
+        zeros = np.zeros(width, np.int64)
         for number in range(count):
             first = number * self._rows
             piece = block[first : first + self._rows]
@@ -248,8 +253,11 @@ class _Pass:
             np.minimum.reduce(piece, axis=0, out=ends[0, number])
             np.maximum.reduce(piece, axis=0, out=ends[1, number])
             squares[first : first + len(piece)] += np.vecdot(piece, piece)
-            if self._histogram.size:
-                sketch.count(piece, self._keys[: piece.size], self._histogram)
+            zero = np.equal(piece, 0, out=_like(self._zero, piece))
+            if zero.any():
+                zeros += np.add.reduce(zero.view(np.uint8), axis=0, dtype=np.uint8)
+            if self._every:
+                self._count(piece)
         low, high = ends[0].min(axis=0), ends[1].max(axis=0)
         first, second, third, fourth = sums.sum(axis=0, dtype=np.float64)
         by = first / rows
@@ -261,10 +269,7 @@ class _Pass:
             fourth - 4 * by * third + 6 * by * by * second - 3 * by * by * by * first,
             low.astype(np.float64),
             high.astype(np.float64),
-            # those that there are, are in the histogram's smallest bins
-            self._zeros(block)
-            if not self._histogram.size or sketch.smallest(self._histogram) > small
-            else np.zeros(width, np.int64),
+            zeros,
             np.zeros(width, np.int64),
             np.zeros(width, np.int64),
         )
@@ -288,26 +293,25 @@ class _Pass:
         np.einsum("ij,ij->j", apart, square, out=out[2])
         np.einsum("ij,ij->j", square, square, out=out[3])
 
-    def _zeros(self, block: NDArray[np.float32]) -> Integers:
-        """Count the zeros of some columns."""
-        found = np.zeros(block.shape[1], np.int64)
-        for first in range(0, len(block), self._rows):
-            piece = block[first : first + self._rows]
-            zero = np.equal(piece, 0, out=_like(self._zero, piece)).view(np.uint8)
-            found += np.add.reduce(zero, axis=0, dtype=np.uint8)
-        return found
+    def _count(self, piece: NDArray[np.float32]) -> None:
+        """Count values in the histogram."""
+        values = piece.reshape(-1)[self._left :]
+        sketch.count(values, self._every, self._keys, self.histogram)
+        self._left = -values.size % self._every if values.size else self._left - piece.size
 
     def _exactly(self, block: NDArray[Any]) -> tuple[Moments, Floats]:
         """Do as much in float64: of float64, integers and booleans."""
         block = block.astype(np.float64, copy=False)
-        pieces = [block[:, at : at + 1024] for at in range(0, max(block.shape[1], 1), 1024)]
+        pieces = [
+            block[:, at : at + sketch.PIECE]
+            for at in range(0, max(block.shape[1], 1), sketch.PIECE)
+        ]
         moments = _beside([_moments(one) for one in pieces])
         wide = np.maximum(-moments.minimum, moments.maximum) >= self._threshold
         moments.large[wide] = _large(block[:, wide], self._threshold)
-        if self._histogram.size:
-            for first in range(0, len(block), self._rows):
-                piece = sketch.narrowed(block[first : first + self._rows])
-                sketch.count(piece, np.empty(piece.size, np.int64), self._histogram)
+        for piece in pieces if self._every else ():
+            for first in range(0, len(piece), self._rows):
+                self._count(sketch.narrowed(piece[first : first + self._rows]))
         return moments, _squares(block)
 
 
@@ -401,8 +405,8 @@ def _safe(squares: Floats) -> NDArray[np.bool_]:
 
 def _products(one: NDArray[np.float32], other: NDArray[np.float32]) -> Floats:
     found = np.zeros(len(one))
-    for at in range(0, one.shape[1], _MOST_COLUMNS):
-        found += np.vecdot(one[:, at : at + _MOST_COLUMNS], other[:, at : at + _MOST_COLUMNS])
+    for at in range(0, one.shape[1], sketch.PIECE):
+        found += np.vecdot(one[:, at : at + sketch.PIECE], other[:, at : at + sketch.PIECE])
     return found
 
 

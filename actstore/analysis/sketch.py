@@ -7,46 +7,72 @@ Its middle is within 2^-8 of each of its values, relatively; of numbers under 2^
 
 from __future__ import annotations
 
-from typing import Any, Final
+import math
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BINS", "count", "narrowed", "quantiles", "smallest"]
+__all__ = ["BINS", "PIECE", "count", "every", "narrowed", "quantiles"]
 
 BINS: Final = 1 << 16
+#: Features of a piece of rows: all, or this many.
+PIECE: Final = 4096
 _HALF: Final = 1 << 15
 #: The bins of finite numbers, in the order of their values.
 _ORDER: Final = np.r_[0xFF7F:0x7FFF:-1, 0:0x7F80]
 
 
-def count(values: NDArray[np.float32], keys: NDArray[np.int64], histogram: NDArray[Any]) -> None:
+def count(
+    values: NDArray[np.float32],
+    every: int,
+    keys: NDArray[np.int64],
+    histogram: NDArray[np.int64],
+) -> None:
     """Add values to a histogram; NaNs and infinities come to bins that nobody reads.
 
     Parameters
     ----------
     values : numpy.ndarray
-        float32 [rows, columns], whose last dimension is contiguous.
+        float32 [n], contiguous.
+    every : int
+        The first is counted, and every so manieth from there.
     keys : numpy.ndarray
-        int64 [rows × columns]: written over.
+        int64 [n or more]: written over.
     histogram : numpy.ndarray
         int64 [65536].
     """
-    if values.shape[1] % 2:
-        upper = slice(int(np.little_endian), None, 2)
-        np.copyto(keys.reshape(values.shape), values.view(np.uint16)[:, upper])
+    if every > 1 or values.size % 2:
+        upper = values.view(np.uint16)[int(np.little_endian) :: 2][::every]
+        keys = keys[: upper.size]
+        np.copyto(keys, upper)
     else:  # two at a time, which takes two thirds of that
+        keys = keys[: values.size]
         pairs = values.view(np.uint64)
-        one, other = keys.view(np.uint64).reshape(2, *pairs.shape)
+        one, other = keys.view(np.uint64).reshape(2, pairs.size)
         np.right_shift(pairs, 48, out=one)
         np.right_shift(pairs, 16, out=other)
         np.bitwise_and(other, 0xFFFF, out=other)
     np.add.at(histogram, keys, 1)
 
 
-def smallest(histogram: NDArray[np.int64]) -> int:
-    """Give how many values are zeros, or under 2^-133; 0 of an empty histogram."""
-    return int(histogram[::_HALF].sum())
+def every(values: int, width: int, wanted: int) -> int:
+    """Give a stride that leaves at least so many values, and favours no feature.
+
+    It has no divisor in common with the width of a row, or of the pieces that rows are cut into:
+    so of as many rows each feature is counted once.
+
+    Parameters
+    ----------
+    values : int
+        How many there are.
+    width : int
+        Of a row.
+    wanted : int
+        How many are to be left.
+    """
+    pieces = width * PIECE * (width % PIECE or 1)
+    return next(s for s in range(max(values // wanted, 1), 0, -1) if math.gcd(s, pieces) == 1)
 
 
 def narrowed(values: NDArray[np.float64]) -> NDArray[np.float32]:

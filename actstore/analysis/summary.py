@@ -23,6 +23,7 @@ __all__ = ["outlier_features", "statistics"]
 _MAGNITUDE: Final = 6.0
 _TOKENS: Final = 0.06
 _LAYERS: Final = 0.25
+_SAMPLE: Final = 1 << 24
 _QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -31,6 +32,7 @@ def statistics(
     variables: str | Iterable[str] | None = None,
     *,
     quantiles: Sequence[float] = _QUANTILES,
+    sample: int | None = _SAMPLE,
     padding: bool = False,
     max_memory_gb: float = 1.0,
     workers: int = 2,
@@ -48,7 +50,10 @@ def statistics(
     variables : str or iterable of str, optional
         Which; all floating ones with a token axis, if it isn't given.
     quantiles : sequence of float, optional
-        Which quantiles, from 0 to 1; () leaves them out, and takes two thirds of the time.
+        Which quantiles, from 0 to 1; () leaves them out.
+    sample : int, optional
+        How many values of a layer the quantiles are of, at least: every so manieth, the same
+        number of each row and feature. None: of all, which takes a third longer.
     padding : bool, optional
         Whether padding counts.
     max_memory_gb : float, optional
@@ -65,7 +70,10 @@ def statistics(
         distribution, NaN of a constant), ``v_minimum``, ``v_maximum``; ``v_sparsity``, the share
         of exact zeros. For each layer: ``v_norm_mean`` and ``v_norm_max`` of the L2 norms of its
         rows, and ``v_quantile`` along ``quantile``, of all of its values: within 2^-8, relatively,
-        of ``numpy.quantile(..., method="inverted_cdf")``, for magnitudes from 2^-126 to 3.4e38.
+        of ``numpy.quantile(..., method="inverted_cdf")`` of the sample, for magnitudes from 2^-126
+        to 3.4e38; the attribute ``every`` says that it is of every so manieth value (1: of all).
+        The rank of a quantile of as many values drawn at random is off by 0.012 % (a standard
+        deviation), or less.
         NaN where there is nothing. The attributes say how many rows were looked at, and left out.
 
     Raises
@@ -74,12 +82,18 @@ def statistics(
         An option is none, a variable isn't there, or what must be read at once doesn't fit.
     """
     wanted = _checked(quantiles)
+    if sample is not None and (
+        isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
+    ):
+        msg = f"sample must be a positive int, or None for all values; got {sample!r}"
+        raise ConfigError(msg)
     budget = Budget(workers, max_memory_gb)
     chosen = sources(dataset, variables, padding=padding)
-    states = _states(chosen, budget, histogram=wanted.size > 0)
+    every = [_every(source, sample) if wanted.size else 0 for source in chosen]
+    states = _states(chosen, budget, every)
     found: dict[Hashable, xr.DataArray] = {}
-    for source, layers in zip(chosen, states, strict=True):
-        found |= _described(source, layers, wanted)
+    for source, layers, stride in zip(chosen, states, every, strict=True):
+        found |= _described(source, layers, wanted, stride)
     return xr.Dataset(found)
 
 
@@ -132,7 +146,7 @@ def outlier_features(
             raise ConfigError(msg)
     budget = Budget(workers, max_memory_gb)
     source = source_of(dataset, variable, padding=padding)
-    (states,) = _states([source], budget, threshold=float(threshold))
+    (states,) = _states([source], budget, [0], float(threshold))
     count, large = (np.stack([getattr(s.moments, n) for s in states]) for n in ("count", "large"))
     with np.errstate(all="ignore"):
         rms = np.stack([_rms(one) for one in states])
@@ -172,17 +186,22 @@ def _checked(quantiles: Sequence[float]) -> NDArray[np.float64]:
     return wanted
 
 
+def _every(source: Source, sample: int | None) -> int:
+    """Give the stride of the values that quantiles are of, which goes by the fullest layer."""
+    values = int(source.keep.sum(axis=1).max(initial=0)) * source.width
+    return 1 if sample is None else sketch.every(values, source.width, sample)
+
+
 def _states(
     chosen: list[Source],
     budget: Budget,
-    *,
-    histogram: bool = False,
+    every: list[int],
     threshold: float = np.inf,
 ) -> list[list[State]]:
     """Go over the rows once, and give the state of each layer of each variable."""
-    work = later(partial(state_of, histogram=histogram, threshold=threshold))
     trees = []
-    for source in chosen:
+    for source, stride in zip(chosen, every, strict=True):
+        work = later(partial(state_of, every=stride, threshold=threshold))
         block, task = source.grid(budget)
         layers = []
         for number, place in enumerate(source.places):
@@ -198,7 +217,7 @@ def _states(
 
 
 def _described(
-    source: Source, states: list[State], wanted: NDArray[np.float64]
+    source: Source, states: list[State], wanted: NDArray[np.float64], every: int
 ) -> dict[Hashable, xr.DataArray]:
     """Give the arrays of one variable."""
     about = source.about()
@@ -216,7 +235,7 @@ def _described(
         rows = np.stack([_quantiles(one, wanted) for one in states])
         array = labelled(source, (*dims, "quantile"), rows if dims else rows[0], about)
         found["quantile"] = array.assign_coords(quantile=wanted)
-        found["quantile"].attrs["relative_error"] = 2.0**-8
+        found["quantile"].attrs |= {"relative_error": 2.0**-8, "every": every}
     return {f"{source.name}_{name}": array for name, array in found.items()}
 
 
