@@ -27,7 +27,9 @@ __all__ = ["Moments", "Norms", "State", "cosines", "merge_states", "row_squares"
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-_PIECE: Final = 1 << 16  # elements: three float32 arrays of it stay in 1 MiB of cache
+#: Elements: few enough to stay in the cache; many, since each call of NumPy gives up the GIL, and
+#: a thread that must wait for it takes 40 µs to wake.
+_PIECE: Final = 1 << 17
 _MOST_ROWS: Final = 255  # of a piece, so that a byte counts them
 _MERGED: Final = 1 << 14  # features of blocks that are merged at once
 #: A shift is the mean of every so manieth row, and so no farther from the mean than 2.7 standard
