@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from actstore.archive.precision import Precision as Precision
     from actstore.capture.preview import describe as describe
     from actstore.capture.preview import estimate as estimate
+    from actstore.capture.preview import suggest_config as suggest_config
     from actstore.choosing import choose_precision as choose_precision
     from actstore.compaction import compact as compact
     from actstore.config import HookConfig as HookConfig
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from actstore.framework import (
         analyze_activations_with_tokens as analyze_activations_with_tokens,
     )
+    from actstore.packets import packet_table as packet_table
     from actstore.stream.reader import open_stream as open_stream
     from actstore.stream.recover import recover as recover
     from actstore.verification import verify as verify
@@ -47,7 +49,9 @@ _HOMES = {
     "estimate": "actstore.capture.preview",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
+    "packet_table": "actstore.packets",
     "recover": "actstore.stream.recover",
+    "suggest_config": "actstore.capture.preview",
     "verify": "actstore.verification",
 }
 
@@ -66,7 +70,9 @@ __all__ = [
     "estimate",
     "open_dataset",
     "open_stream",
+    "packet_table",
     "recover",
+    "suggest_config",
     "verify",
 ]
 
