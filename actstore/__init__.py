@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from actstore.config import HookGranularity as HookGranularity
     from actstore.config import InstrumentationConfig as InstrumentationConfig
     from actstore.dataset import open_dataset as open_dataset
+    from actstore.enriching import add_coordinates as add_coordinates
+    from actstore.enriching import remove_added as remove_added
     from actstore.errors import ActstoreError as ActstoreError
     from actstore.framework import InstrumentationFramework as InstrumentationFramework
     from actstore.framework import (
         analyze_activations_with_tokens as analyze_activations_with_tokens,
     )
+    from actstore.grouping import group_statistics as group_statistics
     from actstore.packets import packet_table as packet_table
     from actstore.stream.reader import open_stream as open_stream
     from actstore.stream.recover import recover as recover
@@ -41,16 +44,19 @@ _HOMES = {
     "InstrumentationConfig": "actstore.config",
     "InstrumentationFramework": "actstore.framework",
     "Precision": "actstore.archive.precision",
+    "add_coordinates": "actstore.enriching",
     "analyze_activations_with_tokens": "actstore.framework",
     "append": "actstore.appending",
     "choose_precision": "actstore.choosing",
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
+    "group_statistics": "actstore.grouping",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
     "packet_table": "actstore.packets",
     "recover": "actstore.stream.recover",
+    "remove_added": "actstore.enriching",
     "suggest_config": "actstore.capture.preview",
     "verify": "actstore.verification",
 }
@@ -62,16 +68,19 @@ __all__ = [
     "InstrumentationConfig",
     "InstrumentationFramework",
     "Precision",
+    "add_coordinates",
     "analyze_activations_with_tokens",
     "append",
     "choose_precision",
     "compact",
     "describe",
     "estimate",
+    "group_statistics",
     "open_dataset",
     "open_stream",
     "packet_table",
     "recover",
+    "remove_added",
     "suggest_config",
     "verify",
 ]

@@ -22,8 +22,9 @@ from actstore import hook_names
 from actstore.archive.coordinates import ROW_LABELS, prefix_of
 from actstore.archive.precision import CODING, EXACT, SCALE, Precision
 from actstore.errors import ConfigError
+from actstore.joining import MISSING, as_label, as_table, matches, picked
 
-__all__ = ["ActstoreAccessor", "remember_lazy"]
+__all__ = ["ActstoreAccessor", "TokenAxis", "lazy_beneath", "remember_lazy", "token_axes"]
 
 #: What a dask array keeps the lazy variable under that it reads from, and its own name then.
 _LAZY: Final = "_actstore_lazy"
@@ -193,7 +194,7 @@ class ActstoreAccessor:
         ConfigError
             There is no such label, or a function gives something else.
         """
-        chosen: dict[str, tuple[_TokenAxis, NDArray[np.bool_]]] = {}
+        chosen: dict[str, tuple[TokenAxis, NDArray[np.bool_]]] = {}
         for label, wanted in {**(labels or {}), **more}.items():
             axis = self._axis_of_label(label, dim)
             found = _matches(axis.label(label), wanted)
@@ -220,6 +221,88 @@ class ActstoreAccessor:
         """
         axis = self._axis(dim)
         return axis.table(axis.names).rename_axis(index=axis.dim)
+
+    def join(
+        self,
+        table: pd.DataFrame | Mapping[str, Any],
+        on: str | Iterable[str] | Mapping[str, str],
+        *,
+        columns: Iterable[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        suffix: str = "",
+        fill: Mapping[str, Any] | None = None,
+        matched: str | None = None,
+        dim: str | None = None,
+    ) -> xr.Dataset:
+        """Bring the columns of a table of yours to the rows, as further labels.
+
+        Every row stays, in its place. One that no line of the table is of has NaN, or ``""`` of
+        text; for that, bools (true is 1) and integers become float64. So do cells that the table
+        lacks. ``fill`` keeps a column's dtype.
+
+        Parameters
+        ----------
+        table : pandas.DataFrame or mapping
+            Columns of text, numbers or bools; of a mapping, each is a list or an array. Named
+            levels of a DataFrame's index count as columns.
+        on : str, iterable of str, or mapping
+            The labels that tell which line of the table a row is of, together, such as
+            ``"sample_id"`` or ``["pass_index", "batch_item"]``: columns of the same name have
+            their values. A mapping is label -> column.
+        columns : iterable of str, optional
+            The columns that are wanted; all others than those of ``on`` if it isn't given.
+        rename : mapping, optional
+            Column -> the name of its label. Labels of ``decoder_token`` get ``decoder_`` before.
+        suffix : str
+            What is put behind the names of all others.
+        fill : mapping, optional
+            Column -> its value on the rows that have none.
+        matched : str, optional
+            The name of one more label: whether the row is of a line of the table.
+        dim : str, optional
+            The token axis. Labels say their axis by themselves where they are named in full:
+            ``decoder_position``.
+
+        Returns
+        -------
+        xarray.Dataset
+            The dataset, as lazy as before, with the labels; `actstore.add_coordinates` writes
+            them into an archive.
+
+        Raises
+        ------
+        ConfigError
+            There is no such label or column; several lines of the table are of the same row; a
+            column and its label can't be equal; a name is taken; or, of several logs, what each
+            of them counts by itself is not joined by ``run`` too.
+        """
+        keys = _keys(on)
+        axes = [self._axis_of_label(label, dim) for label in keys]
+        axis = axes[0]
+        if any(one.dim != axis.dim for one in axes):
+            msg = f"{', '.join(map(repr, keys))} are labels of several token axes"
+            raise ConfigError(msg)
+        axis.check_runs(keys)
+        lines = as_table(table)
+        wanted = _columns(lines, keys, columns)
+        named = {column: (rename or {}).get(column, column + suffix) for column in wanted}
+        odd = [one for one in (*(rename or {}), *(fill or {})) if one not in wanted]
+        if odd:
+            msg = f"rename and fill are of columns that are joined, {wanted!r}; got {odd!r}"
+            raise ConfigError(msg)
+        names = axis.new_names([*named.values(), *(() if matched is None else (matched,))])
+        place = matches(
+            [axis.label(label) for label in keys], [lines[one] for one in keys.values()], [*keys]
+        )
+        found: dict[str, NDArray[Any]] = {}
+        for column, name in zip(wanted, names, strict=False):
+            blank = (fill or {}).get(column, MISSING)
+            found[name] = picked(as_label(lines[column], column, blank), place, column, blank)
+        if matched is not None:
+            found[names[-1]] = place >= 0
+        return self._dataset.assign_coords(
+            {name: (axis.dim, values) for name, values in found.items()}
+        )
 
     def decode(self) -> xr.Dataset:
         """Give the values of variables that are stored as codes, of an archive that others opened.
@@ -293,17 +376,17 @@ class ActstoreAccessor:
         rows = array.isel(layer=found.place) if "layer" in array.dims else array
         return rows.assign_attrs(modules=[found.name])
 
-    def _axis(self, dim: str | None) -> _TokenAxis:
-        axes = _token_axes(self._dataset)
+    def _axis(self, dim: str | None) -> TokenAxis:
+        axes = token_axes(self._dataset)
         if dim is None and len(axes) == 1:
             return next(iter(axes.values()))
         if dim is None or dim not in axes:
             raise ConfigError(_no_axis(self._dataset, axes, dim))
         return axes[dim]
 
-    def _axis_of_label(self, label: str, dim: str | None) -> _TokenAxis:
+    def _axis_of_label(self, label: str, dim: str | None) -> TokenAxis:
         """Give the token axis that a label is on, by ``dim`` or by its full name."""
-        axes = _token_axes(self._dataset)
+        axes = token_axes(self._dataset)
         if dim is not None or not axes:
             axes = {str(dim): self._axis(dim)}
         found = [axis for axis in axes.values() if label in axis]
@@ -317,7 +400,7 @@ class ActstoreAccessor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _TokenAxis:
+class TokenAxis:
     """A token axis of a dataset: what its labels' names begin with, and all of these names."""
 
     dataset: xr.Dataset
@@ -330,6 +413,7 @@ class _TokenAxis:
 
     @property
     def rows(self) -> int:
+        """How many rows it has."""
         return self.dataset.sizes[self.dim]
 
     def label(self, label: str) -> pd.Series:
@@ -344,6 +428,42 @@ class _TokenAxis:
         """The label that tells several logs apart, where there are several."""
         return ("run",) if len(self.dataset.attrs.get("runs", ())) > 1 and "run" in self else ()
 
+    def check_runs(self, labels: Iterable[str]) -> None:
+        """Refuse labels that each of several logs counts by itself, unless ``run`` is with them.
+
+        Raises
+        ------
+        ConfigError
+            They are.
+        """
+        full = {self.prefix + one if self.prefix + one in self.names else one for one in labels}
+        counted = full & {self.prefix + one for one in ("pass_index", "step")}
+        if counted and self.run and self.prefix + "run" not in full:
+            logs = self.label("run").unique().tolist()
+            if len(logs) > 1:
+                named = ", ".join(map(repr, sorted(counted)))
+                msg = f"{named} count in each of the runs {logs} by themselves: give 'run' too"
+                raise ConfigError(msg)
+
+    def new_names(self, wanted: Iterable[str]) -> list[str]:
+        """Give the full names of new labels.
+
+        Raises
+        ------
+        ConfigError
+            One is taken.
+        """
+        known = {str(one) for one in (*self.dataset.variables, *self.dataset.dims)}
+        names = []
+        for one in wanted:
+            name = one if one.startswith(self.prefix) else self.prefix + one
+            if name in known or f"_{name}".endswith("_pass_index"):
+                msg = f"the name {name!r} is taken; give another, with rename or suffix"
+                raise ConfigError(msg)
+            known.add(name)
+            names.append(name)
+        return names
+
     def table(self, labels: Iterable[str]) -> pd.DataFrame:
         """Read labels as the columns of a table."""
         return pd.DataFrame({label: self.label(label) for label in labels})
@@ -353,7 +473,7 @@ class _TokenAxis:
         return _take(self.dataset, self.dim, rows)
 
 
-def _token_axes(dataset: xr.Dataset) -> dict[str, _TokenAxis]:
+def token_axes(dataset: xr.Dataset) -> dict[str, TokenAxis]:
     """Find the token axes: the dimensions whose rows have a pass."""
     labels: dict[str, list[str]] = {}
     for name in dataset.coords:
@@ -365,7 +485,7 @@ def _token_axes(dataset: xr.Dataset) -> dict[str, _TokenAxis]:
         prefix = prefix_of(names)
         if prefix is not None:
             known = [prefix + one for one in ROW_LABELS if prefix + one in names]
-            axes[dim] = _TokenAxis(dataset, dim, prefix, tuple(dict.fromkeys(known + names)))
+            axes[dim] = TokenAxis(dataset, dim, prefix, tuple(dict.fromkeys(known + names)))
     return axes
 
 
@@ -385,7 +505,7 @@ def remember_lazy(chunked: xr.Dataset, lazy: xr.Dataset) -> xr.Dataset:
     return chunked
 
 
-def _lazy_beneath(variable: xr.Variable) -> xr.Variable | None:
+def lazy_beneath(variable: xr.Variable) -> xr.Variable | None:
     """Give the lazy variable that a dask array reads, if it is still as it was opened."""
     if variable.chunks is None:
         return None
@@ -403,7 +523,7 @@ def _take(dataset: xr.Dataset, dim: str, rows: NDArray[np.int64]) -> xr.Dataset:
     beneath = {
         name: lazy
         for name, variable in dataset.variables.items()
-        if dim in variable.dims and (lazy := _lazy_beneath(variable)) is not None
+        if dim in variable.dims and (lazy := lazy_beneath(variable)) is not None
     }
     chosen = dataset.assign(beneath).isel({dim: _index(rows)})
     chunked = {
@@ -422,6 +542,34 @@ def _index(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
     if np.all(np.diff(rows) == 1):
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows
+
+
+def _keys(on: Any) -> dict[str, str]:
+    """Give the labels to join by, and their columns."""
+    if isinstance(on, Mapping):
+        keys = dict(on)
+    else:
+        given = [on] if isinstance(on, str) else list(on)
+        keys = dict(zip(given, given, strict=True))
+    if not keys or not all(isinstance(one, str) for one in (*keys, *keys.values())):
+        msg = f"on must be labels, or label -> column; got {on!r}"
+        raise ConfigError(msg)
+    return keys
+
+
+def _columns(
+    table: pd.DataFrame, keys: Mapping[str, str], wanted: Iterable[str] | None
+) -> list[str]:
+    """Give the columns of a table that are joined."""
+    known = table.columns.tolist()
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    left = [one for one in known if one not in keys.values()]
+    chosen = left if wanted is None else list(dict.fromkeys(wanted))
+    for one in (*keys.values(), *chosen):
+        if one not in known:
+            msg = f"the table has no column {one!r}; {_instead(one, known)}"
+            raise ConfigError(msg)
+    return chosen
 
 
 def _texts_and_ids(wanted: Any) -> tuple[list[str], list[int]]:
@@ -483,7 +631,7 @@ class _Layer:
 
 def _layers(dataset: xr.Dataset) -> list[_Layer]:
     """Find the layers that have rows; first in the variable that has the shortest name."""
-    found, axes = [], _token_axes(dataset)
+    found, axes = [], token_axes(dataset)
     for name in sorted(map(str, dataset.data_vars), key=len):
         variable = dataset.variables[name]
         modules, site = variable.attrs.get("modules"), str(variable.attrs.get("site"))
@@ -511,7 +659,8 @@ def _modules_left(
     found = [""] * len(blocks)
     for label in dataset.coords:  # places were chosen: a module is known by that of its block
         if str(label).endswith("module") and dataset[label].dims in ((), ("layer",)):
-            for place, head in enumerate(np.atleast_1d(dataset[label].values).tolist()):
+            heads = np.atleast_1d(dataset[label].values).tolist()
+            for place, head in enumerate(map(str, heads)):
                 inside = (one for one in modules if _is_within(one, head))
                 found[place] = next(inside, found[place])
     return found

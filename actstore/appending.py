@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from actstore import files
 from actstore.archive import layout, store
+from actstore.archive.adding import ADDED, only_writer
 from actstore.archive.coordinates import RUN, STRING, Coordinate, prefix_of
 from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Read
@@ -82,22 +83,27 @@ def append(
         A run is in the archive already, or an argument can't be honoured.
     ArchiveError
         The logs have other layers, sites, labels or dtypes than the archive: compact them with
-        its logs, or by themselves. Or it can't be written.
+        its logs, or by themselves. Or something was added to it, which has nothing for their
+        rows: `remove_added` first. Or another process writes to it, or it can't be written.
     MissingFileError, FormatError, StreamCorruptError
         As for `open_stream` and `open_dataset`.
     """
     began = time.monotonic()
     check_workers(workers)
     place = files.existing(archive, "append").absolute()
-    old = _Old.open(place)
-    grown = place.with_name(f".{place.name}.grown")
-    shutil.rmtree(grown, ignore_errors=True)  # of a call that was killed before its last step
-    with opened(streams, None, None) as reader:
-        content, jobs = _together(old, Content.of(reader, tokenizer), reader)
-        threads = fitting(jobs, workers, max_memory_gb)
-        made = write_archive(content, jobs, grown, old.attributes["profile"], threads, progress)
-    files.exchange(grown, place)
-    shutil.rmtree(grown)
+    _Old.open(place)  # refuses what is none before anything is made beside it
+    with only_writer(place):
+        old = _Old.open(place)
+        grown = place.with_name(f".{place.name}.grown")
+        shutil.rmtree(grown, ignore_errors=True)  # of a call that was killed before its last step
+        with opened(streams, None, None) as reader:
+            content, jobs = _together(old, Content.of(reader, tokenizer), reader)
+            threads = fitting(jobs, workers, max_memory_gb)
+            made = write_archive(
+                content, jobs, grown, old.attributes["profile"], threads, progress
+            )
+        files.exchange(grown, place)
+        shutil.rmtree(grown)
     return CompactionReport(path=place, seconds=time.monotonic() - began, **made)
 
 
@@ -147,6 +153,13 @@ def _refused(why: str) -> ArchiveError:
 
 def _together(old: _Old, new: Content, reader: Reader) -> tuple[Content, list[Job]]:
     """Plan the grown archive, and its shards."""
+    if old.attributes.get(ADDED):
+        added = ", ".join(map(repr, old.attributes[ADDED]))
+        msg = (
+            f"{old.folder} has labels or statistics that were added to it, of its rows alone: "
+            f"{added}; take them out with actstore.remove_added, append, and add those of all rows"
+        )
+        raise ArchiveError(msg)
     known = {one.get("run_id") for one in old.attributes["runs"]}
     for one in new.runs:
         if one.get("run_id") in known:

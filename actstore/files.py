@@ -27,6 +27,7 @@ __all__ = [
     "link_or_copy",
     "lock",
     "replace",
+    "take",
     "write_new",
 ]
 
@@ -141,6 +142,33 @@ def lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise LockedError(errno.EWOULDBLOCK, "another writer holds it", str(path)) from None
+
+
+def take(path: Path) -> int:
+    """Open a file that is there only for its lock, made where it isn't, and take the lock.
+
+    Returns
+    -------
+    int
+        The descriptor. Who holds it may unlink the file before closing it: whoever opened it
+        meanwhile finds that it has no name, and opens the next.
+
+    Raises
+    ------
+    LockedError
+        Another open file description holds it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o666)
+        try:
+            lock(descriptor, path)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def existing(path: str | os.PathLike[str], asked: str) -> Path:

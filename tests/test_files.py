@@ -285,3 +285,19 @@ def test_a_lock_excludes_another_process_until_that_one_is_killed(tmp_path: Path
     assert holder.returncode == -signal.SIGKILL
     files.lock(descriptor, path)
     os.close(descriptor)
+
+
+def test_a_lock_file_that_its_holder_removed_is_not_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first = files.take(path)
+    with pytest.raises(files.LockedError):
+        files.take(path)
+    late = os.open(path, os.O_RDWR)
+    path.unlink()
+    os.close(first)
+    files.lock(late, path)  # of a file that has no name: no one else's business
+    second = files.take(path)
+    with pytest.raises(files.LockedError):
+        files.take(path)
+    os.close(late)
+    os.close(second)

@@ -16,6 +16,8 @@ from jsonschema import Draft202012Validator
 
 from actstore import dtypes
 from actstore.archive import shards
+from actstore.archive.adding import add_arrays
+from actstore.archive.coordinates import Coordinate
 from actstore.compaction import compact
 from actstore.config import HookConfig, HookGranularity
 from actstore.stream.reader import open_stream
@@ -257,6 +259,16 @@ def assert_valid(archive: Path) -> set[str]:
     return kinds
 
 
+def test_an_archive_that_something_was_added_to_is_valid(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream").path
+    archive = compact(log, tmp_path / "run.zarr").path
+    count = attributes(archive)["rows"]["token"]
+    add_arrays(archive, [Coordinate("mine", ("token",), np.zeros(count))])
+    add_arrays(archive, [Coordinate("mean", ("any",), np.zeros(3))], group="statistics/resid")
+    assert attributes(archive)["added"].keys() == {"mine", "statistics/resid"}
+    assert_valid(archive)
+
+
 @pytest.mark.parametrize("profile", shards.PROFILES)
 def test_an_archive_of_a_captured_log_is_valid(profile: str, log: Path, tmp_path: Path) -> None:
     model = build("llama", torch.bfloat16)
@@ -363,6 +375,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return GOOD | {"archive": attributes(folder / "run.zarr")}
 
 
+CREATED = "2026-01-02T03:04:05+00:00"
+WRITER = {"name": "actstore", "version": "0.1.0"}
+
+
 def broken(name: str, path: str, value: Any, keyword: str) -> Any:
     """Give a case: the member that is given another value, and the rule which that breaks."""
     return pytest.param(name, path, value, keyword, id=f"{name} {path} {value!r:.20}")
@@ -429,6 +445,11 @@ GONE = object()
         broken("archive", "analysis per_layer model.norm count", 0, "minimum"),
         broken("archive", "analysis per_layer model.norm shapes", [], "minItems"),
         broken("archive", "analysis per_layer model.norm block", -2, "minimum"),
+        broken("archive", "added", {}, "minProperties"),
+        broken(
+            "archive", "added", {"tables/mean": {"created": CREATED, "writer": WRITER}}, "pattern"
+        ),
+        broken("archive", "added", {"mine": {"created": CREATED}}, "required"),
         broken("archive", "provenance logs", [], "minItems"),
         broken("archive", "provenance logs 0 name", "folder/run.stream", "pattern"),
     ],

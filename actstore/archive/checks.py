@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.archive import store
+from actstore.archive.adding import ADDED
 from actstore.archive.precision import SCALE
 from actstore.archive.shards import check_shard, is_sealed, shard_path
 from actstore.errors import FormatError
@@ -65,7 +66,8 @@ class _Array:
         if said["codecs"][-1]["name"] != "crc32c" or len(grid) != len(shape):
             msg = "its chunks have no checksum, or another number of dimensions"
             raise FormatError(msg)
-        return cls(name, shape, grid, inner, tuple(map(str, said["dimension_names"])))
+        dims = said["dimension_names"] if shape else ()  # zarr-python then leaves it out
+        return cls(name, shape, grid, inner, tuple(map(str, dims)))
 
     def places(self) -> Iterator[tuple[int, ...]]:
         """Give the places of its files in the grid, however many it says there are."""
@@ -129,7 +131,7 @@ class ArchiveCheck:
                 for name, said in below.items()
                 if said["node_type"] == "array" and ".." not in name.split("/")
             }
-            yield from self._agreement(root["attributes"], arrays)
+            yield from self._agreement(root["attributes"], arrays, below)
         except (*_MALFORMED, RecursionError) as error:
             yield Finding("zarr.json", f"it describes no archive: {error!r:.200}")
             return
@@ -158,20 +160,23 @@ class ArchiveCheck:
                 yield Finding(f"{name}/zarr.json", "it says something else than the root's")
 
     def _agreement(
-        self, said: Mapping[str, Any], arrays: Mapping[str, _Array]
+        self, said: Mapping[str, Any], arrays: Mapping[str, _Array], below: Container[str]
     ) -> Iterator[Finding]:
         """Compare what the root's attributes and the arrays say of one another."""
-        sizes: dict[str, int] = dict(said["rows"])
+        sizes: dict[tuple[str, str], int] = {("", dim): size for dim, size in said["rows"].items()}
         for array in arrays.values():
-            if "/" in array.name:
-                continue
+            group = array.name.rpartition("/")[0]
             for dim, size in zip(array.dims, array.shape, strict=True):
-                if sizes.setdefault(dim, size) != size:
-                    reason = f"its dimension {dim} is {size} long; another's is {sizes[dim]}"
+                other = sizes.setdefault((group, dim), size)
+                if other != size:
+                    reason = f"its dimension {dim} is {size} long; another's is {other}"
                     yield Finding(f"{array.name}/zarr.json", reason)
         for name in said["coordinates"].split():
             if name not in arrays:
                 yield Finding("zarr.json", f"it names a coordinate {name!r} that is not there")
+        for name in said.get(ADDED, {}):
+            if name not in below:
+                yield Finding("zarr.json", f"it says that {name!r} was added, which is not there")
 
     def _array(self, array: _Array, arrays: Mapping[str, _Array]) -> Iterator[Finding]:
         """Check an array's files; what is wrong in very many places is told of some."""

@@ -26,6 +26,7 @@ __all__ = [
     "prefix_of",
     "row_labels",
     "row_tables",
+    "texts_of",
     "token_columns",
 ]
 

@@ -96,22 +96,12 @@ class Journal:
         self.path.unlink()
 
     def _take(self) -> None:
-        """Open the journal and take its lock; it may be removed in between."""
-        while True:
-            self._descriptor = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND
-            )
-            try:
-                files.lock(self._descriptor, self.path)
-            except files.LockedError as error:
-                self._close()
-                msg = f"another compaction is making {self._target}; wait for it to end"
-                raise ArchiveError(msg) from error
-            if self.path.exists() and os.path.samestat(
-                os.fstat(self._descriptor), self.path.stat()
-            ):
-                return
-            self._close()
+        """Open the journal and take its lock."""
+        try:
+            self._descriptor = files.take(self.path)
+        except files.LockedError as error:
+            msg = f"another compaction is making {self._target}; wait for it to end"
+            raise ArchiveError(msg) from error
 
     def _check_target(self) -> None:
         if os.path.lexists(self._target):

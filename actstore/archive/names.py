@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-__all__ = ["GROUPS", "Names", "clean", "plain_json", "plain_text"]
+__all__ = ["GROUPS", "STATISTICS", "Names", "clean", "plain_json", "plain_text"]
 
 #: The archive's groups of further tables.
 GROUPS: Final = ("text", "tokens", "passes")
+#: The group of what was computed from the archive, there once something was.
+STATISTICS: Final = "statistics"
 _ODD: Final = re.compile(r"[^\w.\-]+")
 _MOST_BYTES: Final = 160  # a file's name has at most 255, and endings follow
 
@@ -25,7 +27,7 @@ class Names:
     """
 
     def __init__(self, taken: Iterable[str] = ()) -> None:
-        self._taken = {name.casefold() for name in ("zarr.json", *GROUPS, *taken)}
+        self._taken = {name.casefold() for name in ("zarr.json", *GROUPS, STATISTICS, *taken)}
 
     def __contains__(self, name: str) -> bool:
         return name.casefold() in self._taken

@@ -7,8 +7,9 @@ The one importer of zarr. The bytes of large arrays are ``shards.py``'s; whether
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Final
 
 import crc32c as castagnoli
@@ -42,7 +43,9 @@ __all__ = [
 FORMAT: Final = "actstore"
 VERSION: Final = 0
 _SMALL_CHUNK: Final = 1 << 20  # elements along each dimension
+_CHUNK_ELEMENTS: Final = 1 << 24  # in all
 _JSON_LIMIT: Final = 1 << 30
+_METADATA: Final = "zarr.json"
 _CRC_KEY: Final = b'"metadata_crc32c": "'
 _NO_CRC: Final = "00000000"
 
@@ -97,7 +100,7 @@ class ArchiveWriter:
         array: Any = zarr.create_array(
             self.folder / group / coordinate.name,
             shape=values.shape,
-            chunks=tuple(max(1, min(length, _SMALL_CHUNK)) for length in values.shape),
+            chunks=_small_chunks(values.shape),
             dtype="string" if text else values.dtype,
             compressors=[blosc, Crc32cCodec()],
             dimension_names=coordinate.dims,
@@ -107,42 +110,71 @@ class ArchiveWriter:
         if values.size:
             array[...] = values
 
-    def add_text(self, coordinate: Coordinate) -> None:
+    def add_text(self, coordinate: Coordinate, group: str = "text") -> None:
         """Write text also as UTF-8 bytes and offsets, in the group ``text``, for other readers."""
         encoded = [str(one).encode() for one in coordinate.values.tolist()]
         ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         data = np.frombuffer(b"".join(encoded), np.uint8)
         stem = coordinate.name
         for name, values in ((f"{stem}_bytes", data), (f"{stem}_offsets", ends)):
-            self.add_small(Coordinate(name, (name,), values), group="text")
+            self.add_small(Coordinate(name, (name,), values), group)
+
+    def add_group(self, name: str, attributes: Mapping[str, Any]) -> None:
+        """Make a group, whose folder may be there."""
+        (self.folder / name).mkdir(exist_ok=True)
+        self._write_metadata(name, _group(attributes))
 
     def finish(self, attributes: Mapping[str, Any]) -> None:
         """Write the root: attributes, and the metadata of all that is in it; all is durable."""
         for group in GROUPS:
-            (self.folder / group).mkdir(exist_ok=True)
-            self._write_metadata(group, _group({}))
-        nodes = sorted(self.folder.rglob("zarr.json"))
-        below = {
-            str(path.parent.relative_to(self.folder)): json.loads(path.read_bytes())
-            for path in nodes
-        }
-        said = {"metadata_crc32c": _NO_CRC, **plain_json(attributes)}
-        root = _group(said) | {
+            self.add_group(group, {})
+        for path in sorted(self.folder.rglob("*")):
+            (files.fsync_folder if path.is_dir() else files.fsync_file)(path)
+        self.write_root(attributes, self.nodes("."))
+
+    def nodes(self, *below: str) -> dict[str, Any]:
+        """Read the metadata of what is in folders of the archive, by name."""
+        found = {}
+        for path in sorted(one for name in below for one in (self.folder / name).rglob(_METADATA)):
+            name = path.parent.relative_to(self.folder).as_posix()
+            if name != ".":
+                found[name] = json.loads(path.read_bytes())
+        return found
+
+    def write_root(self, attributes: Mapping[str, Any], nodes: Mapping[str, Any]) -> None:
+        """Write the root's metadata, in place of what it was before: from then on it is so.
+
+        Parameters
+        ----------
+        attributes : mapping
+            The root's.
+        nodes : mapping
+            The metadata of all that is in the archive, by name; all of it is durable.
+        """
+        rest = {name: said for name, said in attributes.items() if name != "metadata_crc32c"}
+        root = _group({"metadata_crc32c": _NO_CRC, **plain_json(rest)}) | {
             "consolidated_metadata": {
                 "kind": "inline",
                 "must_understand": False,
-                "metadata": below,
+                "metadata": {name: nodes[name] for name in sorted(nodes, key=PurePath)},
             }
         }
         data = json.dumps(root, indent=2).encode()
         crc = f"{castagnoli.crc32c(data):08x}".encode()
-        for path in sorted(self.folder.rglob("*")):
-            (files.fsync_folder if path.is_dir() else files.fsync_file)(path)
-        files.atomic_write(self.folder / "zarr.json", data.replace(_NO_CRC.encode(), crc, 1))
+        files.atomic_write(self.folder / _METADATA, data.replace(_NO_CRC.encode(), crc, 1))
 
     def _write_metadata(self, name: str, metadata: Mapping[str, Any]) -> None:
         data = json.dumps(metadata, indent=2).encode()
-        files.write_new(self.folder / name / "zarr.json", [data])
+        files.write_new(self.folder / name / _METADATA, [data])
+
+
+def _small_chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Cut a small array, from its first dimension on, so that no chunk is too large for Blosc."""
+    chunks = [max(1, min(length, _SMALL_CHUNK)) for length in shape]
+    for axis, length in enumerate(chunks):
+        others = math.prod(chunks) // length
+        chunks[axis] = max(1, min(length, _CHUNK_ELEMENTS // others))
+    return tuple(chunks)
 
 
 def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,9 +273,11 @@ def check_identity(path: Path) -> None:
             raise
 
 
-def open_xarray(path: Path) -> xr.Dataset:
-    """Open an archive lazily, without dask."""
-    dataset: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=3)
+def open_xarray(path: Path, group: str = "") -> xr.Dataset:
+    """Open an archive, or a group of it, lazily, without dask."""
+    dataset: xr.Dataset = xr.open_zarr(
+        path, group=group or None, chunks=None, consolidated=not group, zarr_format=3
+    )
     return dataset
 
 
