@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from actstore.archive import store
 from actstore.archive.shards import check_shard, is_sealed, shard_path
+from actstore.archive.zipped import Place
 from actstore.errors import FormatError
 
 __all__ = ["ArchiveCheck", "Finding"]
@@ -97,7 +97,7 @@ class ArchiveCheck:
 
     Parameters
     ----------
-    folder : Path
+    folder : Path or ZipPath
         The archive.
 
     Attributes
@@ -108,7 +108,7 @@ class ArchiveCheck:
         Bytes of the files that were looked at.
     """
 
-    folder: Path
+    folder: Place
     checked: Counter[str] = field(default_factory=Counter)
     nbytes: int = 0
 
@@ -136,7 +136,7 @@ class ArchiveCheck:
             self.checked["arrays"] += 1
             yield from self._array(array, arrays)
 
-    def _looked_at(self, path: Path) -> None:
+    def _looked_at(self, path: Place) -> None:
         self.checked["files"] += 1
         self.nbytes += path.stat().st_size
 
@@ -191,7 +191,7 @@ class ArchiveCheck:
         self, array: _Array, place: tuple[int, ...], companion: _Array | None
     ) -> Iterator[Finding]:
         path = shard_path(self.folder, array.name, place)
-        name = str(path.relative_to(self.folder))
+        name = "/".join([array.name, "c", *map(str, place)])
         wanted = self._wanted(array, place, companion)
         if not path.exists():
             if wanted.any():
@@ -229,7 +229,7 @@ class ArchiveCheck:
         self, array: _Array, place: tuple[int, ...], _companion: _Array | None
     ) -> Iterator[Finding]:
         path = shard_path(self.folder, array.name, place)
-        name = str(path.relative_to(self.folder))
+        name = "/".join([array.name, "c", *map(str, place)])
         try:
             data = path.read_bytes()
         except OSError as error:
