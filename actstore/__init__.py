@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from actstore.config import InstrumentationConfig as InstrumentationConfig
     from actstore.dataset import open_dataset as open_dataset
     from actstore.errors import ActstoreError as ActstoreError
+    from actstore.exporting import export as export
     from actstore.framework import InstrumentationFramework as InstrumentationFramework
     from actstore.framework import (
         analyze_activations_with_tokens as analyze_activations_with_tokens,
     )
+    from actstore.importing import import_archive as import_archive
     from actstore.stream.reader import open_stream as open_stream
     from actstore.stream.recover import recover as recover
     from actstore.verification import verify as verify
@@ -41,6 +43,8 @@ _HOMES = {
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
+    "export": "actstore.exporting",
+    "import_archive": "actstore.importing",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
     "recover": "actstore.stream.recover",
@@ -58,6 +62,8 @@ __all__ = [
     "compact",
     "describe",
     "estimate",
+    "export",
+    "import_archive",
     "open_dataset",
     "open_stream",
     "recover",

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
@@ -91,6 +91,10 @@ class Storage:
         )
         known = self.order is None or sorted(self.order) == list(range(len(self.shape)))
         return whole and known and min(self.shape) > 0 and self.shard[axis] % self.chunk[axis] == 0
+
+    def without_order(self) -> Self:
+        """Give the same, with chunks that are not transposed."""
+        return replace(self, order=None)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
