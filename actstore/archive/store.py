@@ -291,10 +291,9 @@ def write_metadata(folder: Path, name: str, said: Mapping[str, Any]) -> None:
 
 def write_part(folder: Path, name: str, part: tuple[slice, ...], values: NDArray[Any]) -> None:
     """Write whole chunks of an array whose metadata is there; each chunk, whatever it holds."""
-    array: Any = zarr.open_array(
-        folder / name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
-    )
-    array[part] = values
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        array: Any = zarr.open_array(folder / name, mode="r+", zarr_format=3)
+        array[part] = values
 
 
 def _open(folder: Place, name: str) -> Any:

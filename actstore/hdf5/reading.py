@@ -47,7 +47,7 @@ class Stored(NamedTuple):
 def is_ours(path: Path) -> bool:
     """Whether an HDF5 file says that it is an archive of actstore, of whatever version."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with h5py.File(path, "r") as file:
             attribute = h5py.h5a.open(file.id, b"format")
             space, kind = attribute.get_space(), attribute.get_type()
             if space.get_simple_extent_npoints() != 1 or kind.get_class() != h5py.h5t.STRING:
@@ -90,7 +90,7 @@ class Hdf5Archive:
         self._lock = threading.Lock()
         self._stored: dict[str, Stored] = {}
         try:
-            self._file: Any = h5py.File(path, "r", locking=False)
+            self._file: Any = h5py.File(path, "r")
         except _OF_HDF5 as error:
             msg = f"{path} can't be opened as HDF5: {error}"
             raise FormatError(msg) from error
