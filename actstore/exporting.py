@@ -6,7 +6,6 @@ log is compacted first. A file has its name when all of it is on the disk and wa
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -18,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from actstore import files, hdf5
 from actstore.archive import store, zipped
+from actstore.archive.checks import ArchiveCheck
 from actstore.archive.zipped import Place, ZipPath
 from actstore.compaction import Pathlike, Progress, compact
 from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
@@ -199,9 +199,7 @@ def _partial(target: Path) -> Iterator[Path]:
     """Give the file that is written; it becomes the target, or is removed where that fails."""
     partial = target.with_name(f".{target.name}.partial")
     try:
-        with partial.open("ab") as held:
-            files.lock(held.fileno(), partial)
-            held.truncate(0)  # of a call that was killed
+        with _held(partial, target):
             try:
                 yield partial
                 files.fsync_file(partial)
@@ -210,16 +208,27 @@ def _partial(target: Path) -> Iterator[Path]:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-            finally:
-                fcntl.flock(held, fcntl.LOCK_UN)
-    except files.LockedError as error:
-        msg = f"another export is making {target}; wait for it to end"
-        raise ArchiveError(msg) from error
     except OSError as error:
         if isinstance(error, ActstoreError):
             raise
         msg = f"{target} could not be written: {error}; nothing was kept of it"
         raise ArchiveError(msg) from error
+
+
+@contextmanager
+def _held(partial: Path, target: Path) -> Iterator[None]:
+    """Hold the lock of an empty file."""
+    with partial.open("ab") as file:
+        try:
+            files.lock(file.fileno(), partial)
+            mine = partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat())
+        except files.LockedError:
+            mine = False
+        if not mine:  # or it has become the target since it was opened
+            msg = f"another export is making {target}; wait for it to end"
+            raise ArchiveError(msg)
+        file.truncate(0)  # of a call that was killed
+        yield
 
 
 def _hdf5(
@@ -258,30 +267,24 @@ def _zip(
         zipped.pack(archive, file, add)
     made = ZipPath(partial)
     if list(made.members) != names:
-        raise _unverified("its directory")
+        raise _unverified("the zip's directory")
     for name in names:
-        if not _same(archive / name, made / name):
+        if not (made / name).is_intact():
             raise _unverified(name)
         add(made.members[name].size)
-    return _Made(len(store.arrays_of(store.read_root(made))), total // 2, len(names))
-
-
-def _same(one: Path, other: ZipPath, piece: int = 1 << 20) -> bool:
-    if one.stat().st_size != other.stat().st_size or not other.is_intact():
-        return False
-    with one.open("rb", buffering=0) as mine, other.open() as its:
-        while data := mine.read(piece):
-            if its.read(len(data)) != data:
-                return False
-    return True
+    check = ArchiveCheck(made)
+    for one in check.findings():
+        raise _unverified(f"{one.where}: {one.reason};")
+    return _Made(check.checked["arrays"], total // 2, len(names))
 
 
 def _unverified(name: str) -> ArchiveError:
-    msg = f"{name} doesn't read back as the archive has it: check the disk, and export again"
+    msg = (
+        f"{name} doesn't read back as an intact archive has it: see whether actstore.verify finds "
+        "the archive to be one, check the disk, and export again"
+    )
     return ArchiveError(msg)
 
 
 def _quiet(_done: int, _total: int) -> Any:
     """Tell nobody."""
-
-

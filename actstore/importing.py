@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +110,7 @@ def import_archive(
         msg = f"{place} is neither an .h5 nor a .zarr.zip: wanted what actstore.export made"
         raise FormatError(msg)
     try:
-        arrays, chunks, nbytes, resumed = kind(
-            place, folder, max_memory_gb, progress or _quiet
-        )
+        arrays, chunks, nbytes, resumed = kind(place, folder, max_memory_gb, progress or _quiet)
     except OSError as error:
         if isinstance(error, ActstoreError):
             raise
@@ -210,14 +208,19 @@ class _Shard:
     """A shard to make: its place in the grid, and the chunks of HDF5 that it has, by number."""
 
     array: Array
-    file: str
+    place: tuple[int, ...]
     count: int
     chunks: Mapping[int, tuple[int, ...]]
     profile: str
 
     @property
+    def file(self) -> str:
+        return shards.shard_path(Path(), self.array.name, self.place).as_posix()
+
+    @property
     def memory(self) -> int:
-        return shards.memory_of(self.count, self.array.chunk_bytes)
+        index = shards.index_bytes(self.count)
+        return shards.memory_of(self.count, self.array.chunk_bytes) + 3 * index
 
 
 def _import_hdf5(
@@ -237,7 +240,7 @@ def _import_hdf5(
         _make_shards(archive, journal, jobs, gigabytes, lambda done: progress(done, total))
         _write_nodes(archive.root, journal.folder)
         for array in others:
-            _write_small(archive, journal.folder, array)
+            _write_other(archive, journal.folder, array)
         files.write_new(journal.folder / "zarr.json", [archive.data])
         arrays, chunks, nbytes = _finished(journal, place)
     return arrays, chunks, nbytes, resumed
@@ -269,7 +272,8 @@ def _shards(archive: Hdf5Archive, array: Array) -> Iterator[_Shard]:
     stored, profile = archive.stored(array.name), _profile(archive.root, array)
     outer = array.said["chunk_grid"]["configuration"]["chunk_shape"]
     per = tuple(whole // part for whole, part in zip(outer, array.chunk, strict=True))
-    if any(whole % part for whole, part in zip(outer, array.chunk, strict=True)) or not all(per):
+    fits = all(0 < one <= most for one, most in zip(per, array.grid(), strict=True))
+    if not fits or any(whole % part for whole, part in zip(outer, array.chunk, strict=True)):
         msg = f"{array.name!r}: shards of {outer} don't hold whole chunks of {array.chunk}"
         raise FormatError(msg)
     found: dict[tuple[int, ...], dict[int, tuple[int, ...]]] = {}
@@ -279,8 +283,7 @@ def _shards(archive: Hdf5Archive, array: Array) -> Iterator[_Shard]:
         number = int(np.ravel_multi_index(inside, per))
         found.setdefault(shard, {})[number] = place
     for shard, chunks in sorted(found.items()):
-        file = shards.shard_path(Path(), array.name, shard).as_posix()
-        yield _Shard(array, file, math.prod(per), dict(sorted(chunks.items())), profile or "")
+        yield _Shard(array, shard, math.prod(per), dict(sorted(chunks.items())), profile or "")
 
 
 def _make_shards(
@@ -343,15 +346,20 @@ def _write_nodes(root: Mapping[str, Any], folder: Path) -> None:
         store.write_metadata(folder, name, said)
 
 
-def _write_small(archive: Hdf5Archive, folder: Path, array: Array) -> None:
-    """Write an array by zarr-python, in whole chunks (of a sharded one: shards)."""
-    outer = array.said["chunk_grid"]["configuration"]["chunk_shape"]
-    counts = [-(-size // part) for size, part in zip(array.shape, outer, strict=True)]
-    text = archive.text(array.name) if array.is_text else None
-    for place in itertools.product(*map(range, counts)):
+def _write_other(archive: Hdf5Archive, folder: Path, array: Array) -> None:
+    """Write an array by zarr-python, in whole chunks; of a sharded one those shards that are."""
+    if array.is_text:
+        whole = tuple(map(slice, array.shape))
+        store.write_part(folder, array.name, whole, archive.text(array.name))
+        return
+    size = array.chunk
+    places: Iterable[tuple[int, ...]] = itertools.product(*map(range, array.grid()))
+    if array.sharded:
+        size = tuple(array.said["chunk_grid"]["configuration"]["chunk_shape"])
+        places = [one.place for one in _shards(archive, array)]
+    for place in places if array.nbytes else ():
         part = tuple(
-            slice(at * size, min((at + 1) * size, length))
-            for at, size, length in zip(place, outer, array.shape, strict=True)
+            slice(at * step, min((at + 1) * step, length))
+            for at, step, length in zip(place, size, array.shape, strict=True)
         )
-        values = archive.part(array.name, part) if text is None else text[part]
-        store.write_part(folder, array.name, part, values)
+        store.write_part(folder, array.name, part, archive.part(array.name, part))

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from actstore import codecs, dtypes, files, hdf5
 from actstore.archive import store, zipped
-from actstore.archive.checks import ArchiveCheck, Finding
+from actstore.archive.checks import ArchiveCheck
 from actstore.archive.zipped import Place, ZipPath
 from actstore.compaction import Pathlike, differences
 from actstore.errors import ActstoreWarning, ConfigError, FormatError, StreamCorruptError
@@ -68,7 +68,7 @@ class Report:
     ----------
     path : Path
         What was verified.
-    kind : {"log", "archive", "zipped archive", "HDF5", "legacy log"}
+    kind : {"log", "archive", "zip", "HDF5", "legacy log"}
         What it is; the last is a log of ``llm-instrumentation``.
     damage : tuple of Damaged
         All that is damaged; empty where everything is intact.
@@ -140,7 +140,7 @@ def verify(
     if place.is_dir():
         return _verify_archive(place, against)
     if zipped.is_zip(place):
-        return _verify_archive(ZipPath(place), against)
+        return _verify_zip(ZipPath(place), against)
     if against is not None:
         msg = f"{place} is no archive: against= compares an archive with the logs it was made of"
         raise ConfigError(msg)
@@ -158,27 +158,32 @@ def _verify_archive(folder: Place, against: Pathlike | Sequence[Pathlike] | None
     store.check_identity(folder)
     check = ArchiveCheck(folder)
     found = [Damaged(one.where, -1, one.reason) for one in check.findings()]
-    if isinstance(folder, ZipPath):
-        found += [Damaged(one.where, -1, one.reason) for one in _members(folder)]
     if against is not None:
         compared = differences(folder, against)  # type: ignore[arg-type] # of what a store reads
         found += [Damaged(where, -1, reason) for where, reason in compared]
-    path, kind = (
-        (folder.file, "zipped archive") if isinstance(folder, ZipPath) else (folder, "archive")
-    )
-    return Report(path, kind, tuple(found), dict(check.checked), check.nbytes, complete=True)
+    path = folder.file if isinstance(folder, ZipPath) else folder
+    return Report(path, "archive", tuple(found), dict(check.checked), check.nbytes, complete=True)
 
 
-def _members(archive: ZipPath) -> Iterator[Finding]:
-    """Compare each member of a zip with its CRC-32, and all with what the archive has."""
+def _verify_zip(archive: ZipPath, against: Pathlike | Sequence[Pathlike] | None) -> Report:
+    found, whole = [], True
     for name in archive.members:
-        if not (archive / name).is_intact():
-            yield Finding(name, "its bytes don't match the CRC-32 of the zip's directory")
-    try:
-        odd = list(zipped.unexpected(store.read_root(archive), archive.members))
-    except (FormatError, AttributeError, KeyError, TypeError):
-        return  # the archive's own check says so
-    yield from (Finding(name, "the archive has no such file") for name in odd)
+        try:
+            if not (archive / name).is_intact():
+                found.append(Damaged(name, -1, "its bytes don't match the zip's CRC-32 of it"))
+        except FormatError as error:  # so that nothing more can be read of it
+            found.append(Damaged(name, -1, str(error)))
+            whole = False
+    checked = {"members": len(archive.members)}
+    if not whole:
+        size = archive.file.stat().st_size
+        return Report(archive.file, "zip", tuple(found), checked, size, complete=True)
+    report = _verify_archive(archive, against)
+    if report.ok:  # else the metadata may describe nothing
+        odd = zipped.unexpected(store.read_root(archive), archive.members)
+        found += [Damaged(name, -1, "the archive has no such file") for name in odd]
+    damage = (*found, *report.damage)
+    return replace(report, kind="zip", damage=damage, checked={**report.checked, **checked})
 
 
 def _verify_hdf5(path: Path) -> Report:

@@ -98,10 +98,12 @@ class Storage:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row."""
         return self.shape[self.axis + 1 :]
 
     @property
     def chunk_bytes(self) -> int:
+        """Bytes of a whole chunk."""
         return int(np.prod(self.chunk, dtype=np.int64)) * self.dtype.itemsize
 
 

@@ -248,8 +248,8 @@ class ZipPath:
         """Give the file's size, as a `Path` would."""
         return os.stat_result((0, 0, 0, 0, 0, 0, self._member().size, 0, 0, 0))
 
-    def open(self, _mode: str = "rb", _buffering: int = 0, *, buffering: int = 0) -> _Range:
-        """Open the file here for reading."""
+    def open(self, mode: str = "rb", buffering: int = 0) -> _Range:  # noqa: ARG002 - a Path's
+        """Open the file here for reading; nothing is buffered."""
         member = self._member()
         file = self.file.open("rb", buffering=0)
         try:
@@ -259,14 +259,9 @@ class ZipPath:
             raise
 
     def read_bytes(self) -> bytes:
-        """Read the file here, and compare it with its CRC-32."""
-        member = self._member()
+        """Read the file here."""
         with self.open() as file:
-            data = file.read(member.size)
-        if len(data) != member.size or zlib.crc32(data) != member.crc:
-            msg = f"{self}: its bytes don't match their CRC-32"
-            raise OSError(msg)
-        return data
+            return file.read(self._member().size)
 
     def is_intact(self) -> bool:
         """Whether the file here matches its CRC-32."""
@@ -291,9 +286,9 @@ class ZipPath:
             mark, _, flags, method, *_, length, extra = _LOCAL.unpack_from(data)
             begin = member.header + _LOCAL.size + length + extra
             same = mark == b"PK\x03\x04" and not method and not flags & ~_UTF8
-            if same and data[_LOCAL.size :] == name and length == len(name):
-                if begin + member.size <= member.limit:
-                    return int(begin)
+            same = same and data[_LOCAL.size :] == name and length == len(name)
+            if same and begin + member.size <= member.limit:
+                return int(begin)
         raise _refused(self.file, f"{member.name!r} is another where it begins")
 
 
@@ -314,7 +309,9 @@ class _Range(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        )
         return self._at
 
     def tell(self) -> int:
@@ -336,9 +333,7 @@ class _Range(io.RawIOBase):
 
 def member_names(folder: Path) -> list[str]:
     """Give the files of an archive in the order that a zip has them: first all metadata."""
-    names = [
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    ]
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return sorted(names, key=lambda name: (name != _ROOT, not name.endswith(_ROOT), name))
 
 

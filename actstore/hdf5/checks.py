@@ -34,6 +34,7 @@ from actstore.hdf5.reading import Grid, Hdf5Archive, Stored, is_ours
 __all__ = ["Hdf5Check"]
 
 _AHEAD: Final = 8
+_MOST_FINDINGS: Final = 100  # of an array
 _MOST_DEPTH: Final = 16
 _MOST_OBJECTS: Final = 1 << 20
 _OF_HDF5: Final = (OSError, KeyError, RuntimeError, ValueError, TypeError)
@@ -87,7 +88,8 @@ class Hdf5Check:
             for array in archive.arrays.values():
                 self.checked["arrays"] += 1
                 try:
-                    yield from self._array(archive, archive.stored(array.name), pool)
+                    mine = self._array(archive, archive.stored(array.name), pool)
+                    yield from itertools.islice(mine, _MOST_FINDINGS)
                 except (ArchiveError, FormatError) as error:
                     yield Finding(array.name, str(error))
 
@@ -215,9 +217,7 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(mine.tolist() == its.tolist())
 
 
-def _dims(
-    made: Any, array: Array, scales: Mapping[str, tuple[int, bool]]
-) -> Iterator[Finding]:
+def _dims(made: Any, array: Array, scales: Mapping[str, tuple[int, bool]]) -> Iterator[Finding]:
     wanted = [
         f"/{scale_of(array, dim, size, scales)}"
         for dim, size in zip(array.dims, array.shape, strict=True)

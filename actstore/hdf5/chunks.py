@@ -216,7 +216,7 @@ def _constant(value: int, length: int, last: bool) -> bytes:
 
 
 def _inflater() -> tuple[Callable[[], Any], Any]:
-    """Give the fastest inflate that is there, and its error: isal's takes a quarter of the time."""
+    """Give the fastest inflate that is there, and its error; isal's takes a quarter as long."""
     try:
         from isal import isal_zlib
     except ImportError:

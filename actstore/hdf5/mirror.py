@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import crc32c as castagnoli
 import numpy as np
-from numpy.typing import NDArray
 
 from actstore.archive.coordinates import STRING
 from actstore.archive.reading import fill_of
@@ -40,15 +39,20 @@ METADATA: Final = f"{PRIVATE}/zarr.json"
 #: Attributes of string arrays: how NUL is written in them, and the checksum of their strings.
 ESCAPE, TEXT_CRC = "nul_escape", "crc32c"
 
-_MOST_CHUNK: Final = (1 << 32) - 1  # bytes: a limit of HDF5
+_MOST_CHUNK: Final = 1 << 30  # bytes: as many as a row of an archive has at most
 _MOST_LIST: Final = 1000  # items of an attribute: HDF5 has room for 64 KiB
 _INT64: Final = range(-(1 << 63), 1 << 63)
 _TAKEN: Final = frozenset(
     {"CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid", "_Netcdf4Coordinates"}
     | {"_NCProperties", "_nc3_strict", ESCAPE, TEXT_CRC}
 )
-_KINDS: Final = frozenset("fiuc")
-_MALFORMED: Final = (AttributeError, KeyError, IndexError, TypeError, ValueError)
+_DTYPES: Final = frozenset(
+    {"bool", "string", "float16", "float32", "float64", "complex64", "complex128"}
+    | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+)
+_MALFORMED: Final = (
+    *(AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,11 +102,10 @@ class Array:
             place = codec if sharded else said["chunk_grid"]
             chunk = _lengths(place["configuration"]["chunk_shape"], 1)
             dims = said["dimension_names"]
-            text = said["data_type"] == "string"
+            text, known = said["data_type"] == "string", said["data_type"] in _DTYPES
             dtype = STRING if text else np.dtype(said["data_type"])
             fill = "" if text else fill_of(said["fill_value"], dtype)
             found = cls(name, dtype, shape, chunk, tuple(dims), fill, sharded, said)
-            known = text or dtype.kind in _KINDS or dtype == np.bool_
             named = all(isinstance(dim, str) and _is_plain(dim) for dim in dims)
             if not known or not named or not len(shape) == len(chunk) == len(dims):
                 msg = f"data_type {said['data_type']!r:.40}, dimensions {dims!r:.200}"
@@ -133,15 +136,15 @@ class Array:
         return math.prod(self.shape) * (16 if self.is_text else self.dtype.itemsize)
 
     def cut(self) -> tuple[int, ...]:
-        """Give its chunks in HDF5, which are no longer than the array; none if it is empty.
+        """Give its chunks in HDF5, which are no longer than the array.
 
         Raises
         ------
         ArchiveError
-            HDF5 can't have them.
+            They are larger than any that an archive has.
         """
         if self.chunk_bytes > _MOST_CHUNK:
-            msg = f"a chunk of {self.name!r} has {self.chunk_bytes} bytes; HDF5 allows 2^32 - 1"
+            msg = f"a chunk of {self.name!r} has {self.chunk_bytes} bytes, over {_MOST_CHUNK}"
             raise ArchiveError(msg)
         return tuple(
             max(1, min(part, size)) for part, size in zip(self.chunk, self.shape, strict=True)
@@ -149,9 +152,16 @@ class Array:
 
     def grid(self) -> tuple[int, ...]:
         """Give how many chunks it has along each dimension."""
-        return tuple(
-            -(-size // part) for size, part in zip(self.shape, self.cut(), strict=True)
-        )
+        return tuple(-(-size // part) for size, part in zip(self.shape, self.cut(), strict=True))
+
+    def lines(self) -> Iterator[tuple[slice, ...]]:
+        """Give parts of it, one after the other, in C order: whole but along the first axis."""
+        if not self.shape:
+            yield ()
+            return
+        step = self.cut()[0]
+        for start in range(0, self.shape[0], step):
+            yield slice(start, min(start + step, self.shape[0])), *map(slice, self.shape[1:])
 
     def part(self, place: tuple[int, ...]) -> tuple[slice, ...]:
         """Give what the chunk at a place in the grid holds of the array."""
@@ -208,8 +218,8 @@ def groups(root: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def dimensions(found: Mapping[str, Array]) -> dict[str, tuple[int, bool]]:
     """Give the dimension scales of a file: path -> length, and whether an array is it.
 
-    A dimension belongs to the outermost group in which it has that length; a group where it has
-    another has one of its own. The array of a dimension's own name is its scale.
+    A dimension is that of the nearest group, from the array's up, in which it has that length; if
+    there is none, the array's group gets one. The array of a dimension's own name is its scale.
 
     Raises
     ------
@@ -229,9 +239,7 @@ def dimensions(found: Mapping[str, Array]) -> dict[str, tuple[int, bool]]:
     return scales
 
 
-def scale_of(
-    array: Array, dim: str, size: int, scales: Mapping[str, tuple[int, bool]]
-) -> str:
+def scale_of(array: Array, dim: str, size: int, scales: Mapping[str, tuple[int, bool]]) -> str:
     """Give the path of the scale of an array's dimension."""
     parents = PurePosixPath(array.name).parent.parts
     for depth in range(len(parents), -1, -1):
@@ -267,15 +275,14 @@ def _attribute(name: str, value: Any, array: Array | None) -> Any:
         return value
     if name == "_FillValue" and array is not None and _is_number(value):
         return array.stored.type(value)
+    many = value if isinstance(value, list) and 0 < len(value) <= _MOST_LIST else ()
     for kind in (int, float):
         if _is(kind, value):
             return np.dtype(kind).type(value)
-        if isinstance(value, list) and 0 < len(value) <= _MOST_LIST:
-            if all(_is(kind, one) for one in value):
-                return np.array(value, kind)
-    if isinstance(value, list) and 0 < len(value) <= _MOST_LIST:
-        if all(isinstance(one, str) and "\0" not in one for one in value):
-            return value
+        if many and all(_is(kind, one) for one in many):
+            return np.array(many, kind)
+    if many and all(isinstance(one, str) and "\0" not in one for one in many):
+        return many
     return json.dumps(value)
 
 
@@ -292,16 +299,14 @@ def _is_number(value: Any) -> bool:
 # -- text ---------------------------------------------------------------------------------------
 
 
-def escaped(texts: NDArray[Any]) -> list[str]:
-    """Write NUL, which HDF5's strings can't hold, as ``\\0``, and so a backslash as two."""
-    return [str(one).replace("\\", "\\\\").replace("\0", "\\0") for one in texts.tolist()]
+def escaped(texts: list[str]) -> list[str]:
+    """Write NUL, which HDF5's strings can't hold, as backslash and 0, a backslash as two."""
+    return [one.replace("\\", "\\\\").replace("\0", "\\0") for one in texts]
 
 
 def unescaped(texts: list[str]) -> list[str]:
     """Undo `escaped`."""
-    return [
-        "\\".join(part.replace("\\0", "\0") for part in one.split("\\\\")) for one in texts
-    ]
+    return ["\\".join(part.replace("\\0", "\0") for part in one.split("\\\\")) for one in texts]
 
 
 def text_crc(texts: list[str], crc: int = 0) -> int:

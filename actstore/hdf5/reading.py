@@ -96,8 +96,6 @@ class Hdf5Archive:
             raise FormatError(msg) from error
         self._raw = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if self._file.userblock_size:
-                raise self._refused(METADATA, "the file begins with a block that isn't HDF5")
             self.data = self._metadata()
             self.root = store.parse_root(self.data, path)
             self.arrays = arrays(self.root)
@@ -183,9 +181,7 @@ class Hdf5Archive:
             return None
         out = np.empty(array.cut(), array.stored)
         try:
-            coded.decode(
-                encoded, out.reshape(-1).view(np.uint8), out.itemsize, stored.compression
-            )
+            coded.decode(encoded, out.reshape(-1).view(np.uint8), out.itemsize, stored.compression)
         except coded.ChunkError as error:
             raise self.damaged(array.name, place, str(error)) from error
         return out
@@ -232,7 +228,7 @@ class Hdf5Archive:
         if not array.nbytes:
             return np.empty(array.shape, STRING)
         try:
-            texts = stored.dataset.asstr()[...].reshape(-1).tolist()
+            texts = np.asarray(stored.dataset.asstr()[...], object).reshape(-1).tolist()
             wanted, has_nul = stored.dataset.attrs[TEXT_CRC], ESCAPE in stored.dataset.attrs
         except _OF_HDF5 as error:
             raise self.damaged(name, (), str(error)) from error
@@ -287,6 +283,8 @@ class Hdf5Archive:
             raise self._refused(name, str(error)) from error
 
     def _metadata(self) -> bytes:
+        if self._file.userblock_size:
+            raise self._refused(METADATA, "the file begins with a block that isn't HDF5")
         dataset = self._open(METADATA)
         plist, shape = dataset.id.get_create_plist(), dataset.id.shape
         plain = plist.get_layout() == h5py.h5d.CONTIGUOUS and not plist.get_external_count()
@@ -312,22 +310,37 @@ class Hdf5Archive:
             raise self._refused(name, f"its shape is {mine.shape}, not {array.shape}")
         if array.is_text:
             kind = h5py.check_string_dtype(mine.dtype)
-            if kind is None or kind.length is not None or filters or array.nbytes > os.fstat(self._raw).st_size:
+            if (
+                kind is None
+                or kind.length is not None
+                or filters
+                or array.nbytes > os.fstat(self._raw).st_size
+            ):
                 raise self._refused(name, f"{mine.dtype} of shape {mine.shape}: no text of it")
             return "none"
         if mine.dtype != array.stored:
             raise self._refused(name, f"its dtype is {mine.dtype}, not {array.stored}")
         if not array.shape or not array.nbytes:
             return "none"
-        wanted = layout == h5py.h5d.CHUNKED and plist.get_chunk() == array.cut()
-        if not wanted:
+        if layout != h5py.h5d.CHUNKED or plist.get_chunk() != array.cut():
             raise self._refused(name, f"its chunks are not of {array.cut()}")
-        for compression, number in coded.COMPRESSIONS.items():
-            known = [_SHUFFLE, number, _FLETCHER32] if number else [_FLETCHER32]
-            if [one[0] for one in filters] == known:
-                if number is None or filters[0][2][:1] == (array.stored.itemsize,):
-                    return compression
-        raise self._refused(name, f"its filters are {filters!r:.200}")
+        if not array.sharded and mine.get_num_chunks() != math.prod(array.grid()):
+            raise self._refused(name, f"it has {mine.get_num_chunks()} chunks of {array.grid()}")
+        compression = _compression(filters, array.stored.itemsize)
+        if compression is None:
+            raise self._refused(name, f"its filters are {filters!r:.200}")
+        return compression
+
+
+def _compression(filters: list[Any], itemsize: int) -> str | None:
+    """Give what filters are, of those that we write."""
+    found = [one[0] for one in filters]
+    if found == [_FLETCHER32]:
+        return "none"
+    for compression, number in coded.COMPRESSIONS.items():
+        if found == [_SHUFFLE, number, _FLETCHER32] and filters[0][2][:1] == (itemsize,):
+            return compression
+    return None
 
 
 def _moved(part: list[slice], origin: tuple[slice, ...]) -> tuple[slice, ...]:

@@ -94,6 +94,9 @@ class Hdf5Writer:
         self.source = source
         self.data = (source / "zarr.json").read_bytes()
         self.root = store.parse_root(self.data, source)
+        if len(set(store.metadata_crc(self.data))) > 1:
+            msg = f"{source}: its metadata don't match their checksum; see actstore.verify"
+            raise ArchiveError(msg)
         self.arrays = arrays(self.root)
         self.raw_bytes = self.chunks = 0
         self._compression = compression
@@ -233,15 +236,14 @@ class Hdf5Writer:
 
     def _text(self, made: Any, array: Array) -> None:
         """Write strings; HDF5 has no filters for them, so that their checksum is an attribute."""
-        parts = [
-            part for part in _parts(array) if array.nbytes
-        ]  # read again rather than kept
+        parts = list(array.lines()) if array.nbytes else []  # read again rather than kept
         has_nul = any("\0" in one for part in parts for one in self._texts(array, part))
         crc = 0
         for part in parts:
-            found = store.read_part(self.source, array.name, part)
-            texts = escaped(found) if has_nul else [str(one) for one in found.tolist()]
-            made[part] = np.array(texts, object)
+            texts = self._texts(array, part)
+            texts = escaped(texts) if has_nul else texts
+            lengths = [one.stop - one.start for one in part]
+            made[part] = np.array(texts, object).reshape(lengths)
             crc = text_crc(texts, crc)
             self._done(16 * len(texts))
         if has_nul:
@@ -249,8 +251,8 @@ class Hdf5Writer:
         made.attrs[TEXT_CRC] = f"{crc:08x}"
 
     def _texts(self, array: Array, part: tuple[slice, ...]) -> list[str]:
-        found: list[str] = store.read_part(self.source, array.name, part).tolist()
-        return found
+        found = store.read_part(self.source, array.name, part)
+        return [str(one) for one in found.reshape(-1).tolist()]
 
     # -- what was written
 
@@ -258,8 +260,8 @@ class Hdf5Writer:
         """Read an array's chunks back through h5py, and one of them through HDF5's own filters."""
         if array.is_text:
             crc = 0
-            for part in _parts(array) if array.nbytes else ():
-                crc = text_crc(made.asstr()[part].tolist(), crc)
+            for part in array.lines() if array.nbytes else ():
+                crc = text_crc(np.asarray(made.asstr()[part], object).reshape(-1).tolist(), crc)
             if f"{crc:08x}" != made.attrs[TEXT_CRC]:
                 raise _unverified(array, ())
             return
@@ -284,12 +286,6 @@ def _unverified(array: Array, place: Grid) -> ArchiveError:
         "kept of the file: check the disk, and export again"
     )
     return ArchiveError(msg)
-
-
-def _parts(array: Array) -> Iterator[tuple[slice, ...]]:
-    """Give what the chunks of an array hold of it, one after the other."""
-    for place in itertools.product(*map(range, array.grid())):
-        yield array.part(place)
 
 
 class _Source:
@@ -326,5 +322,3 @@ class _Source:
     def _at(self, place: Grid) -> tuple[int, int]:
         """Give the layer and the chunk along the rows."""
         return (place[0] if self.axis else 0), place[self.axis]
-
-
