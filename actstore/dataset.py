@@ -180,7 +180,7 @@ def _over_hdf5(path: Path) -> xr.Dataset:
             encoding: dict[str, Any] = {"chunks": array.chunk, "preferred_chunks": preferred}
             encoding["dtype"] = array.dtype  # else xarray makes objects of text
             encoding |= {"shards": outer} if array.sharded else {}
-            said = dict(array.said.get("attributes", {}))
+            said = dict(array.attributes)
             variables[name] = xr.Variable(array.dims, cached, said, encoding)
         raw = xr.Dataset(variables, attrs=dict(archive.root["attributes"]))
         dataset = _with_rows(xr.decode_cf(raw), archive.root, archive.rows)

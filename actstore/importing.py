@@ -233,6 +233,9 @@ def _import_hdf5(
         Hdf5Archive(place) as archive,
         Journal(folder, _making("HDF5", place, archive.data), "") as journal,
     ):
+        if len(set(store.metadata_crc(archive.data))) > 1:
+            msg = f"{place}: its metadata don't match their checksum; see actstore.verify"
+            raise ArchiveError(msg)
         resumed = len(journal.done)
         others, mine = _sorted(archive)
         jobs = [shard for array in mine for shard in _shards(archive, array)]

@@ -7,6 +7,7 @@ The one importer of zarr. The bytes of large arrays are ``shards.py``'s; whether
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -258,7 +259,7 @@ def check_identity(path: Place) -> None:
 
 def open_xarray(path: Place) -> xr.Dataset:
     """Open an archive lazily, without dask."""
-    held = ZipStore(path.file, mode="r") if isinstance(path, ZipPath) else path
+    held = _Zip(path.file, mode="r") if isinstance(path, ZipPath) else path
     dataset: xr.Dataset = xr.open_zarr(held, chunks=None, consolidated=True, zarr_format=3)
     return dataset
 
@@ -306,4 +307,15 @@ def _open(folder: Place, name: str) -> Any:
 
 @lru_cache(maxsize=2)
 def _held(path: Path, _size: int, _mtime: int) -> ZipStore:
-    return ZipStore(path, mode="r")
+    return _Zip(path, mode="r")
+
+
+class _Zip(ZipStore):
+    """A zip whose damage is an error of ours."""
+
+    async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().get(key, *args, **kwargs)
+        except zipfile.BadZipFile as error:
+            msg = f"{self.path}/{key} is damaged: {error}; see actstore.verify"
+            raise ArchiveError(msg) from error

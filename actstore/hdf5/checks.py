@@ -98,11 +98,11 @@ class Hdf5Check:
     def _objects(self, archive: Hdf5Archive) -> Iterator[Finding]:
         """Compare groups, dimensions and attributes with the archive's metadata."""
         try:
-            scales = dimensions(archive.arrays)
-        except ArchiveError as error:
+            scales, all_groups = dimensions(archive.arrays), groups(archive.root)
+        except (ArchiveError, FormatError) as error:
             yield Finding(METADATA, str(error))
             return
-        known = {PRIVATE, METADATA, *scales, *archive.arrays, *groups(archive.root)}
+        known = {PRIVATE, METADATA, *scales, *archive.arrays, *all_groups}
         there: set[str] = set()
         for name, why in _walk(archive.file.id, "", 0):
             there.add(name)
@@ -113,15 +113,13 @@ class Hdf5Check:
                 return
         for name in sorted(known - there - {""}):
             yield Finding(name, "it is gone")
-        for name, said in groups(archive.root).items():
+        for name, said in all_groups.items():
             if not name or name in there:
-                yield from _attributes(archive.file[name or "/"], name, attributes_of(said))
+                yield from _said(archive, name, attributes_of(said))
         for array in archive.arrays.values():
             if array.name in there:
-                made = archive.file[array.name]
-                mine = attributes_of(array.said.get("attributes", {}), array)
-                yield from _attributes(made, array.name, mine)
-                yield from _dims(made, array, scales)
+                mine = attributes_of(array.attributes, array)
+                yield from _said(archive, array.name, mine, array, scales)
 
     # -- values
 
@@ -196,6 +194,24 @@ def _walk(group: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
                 yield place, f"it is in {depth} groups"
             else:
                 yield from _walk(below, place, depth + 1)
+
+
+def _said(
+    archive: Hdf5Archive,
+    name: str,
+    attributes: Mapping[str, Any],
+    array: Array | None = None,
+    scales: Mapping[str, tuple[int, bool]] | None = None,
+) -> Iterator[Finding]:
+    """Compare the attributes of an object, and an array's dimensions, with what they must be."""
+    try:
+        made = archive.file[name or "/"]
+    except _OF_HDF5 as error:
+        yield Finding(name, f"it can't be opened: {error}")
+        return
+    yield from _attributes(made, name, attributes)
+    if array is not None:
+        yield from _dims(made, array, scales or {})
 
 
 def _attributes(made: Any, name: str, wanted: Mapping[str, Any]) -> Iterator[Finding]:

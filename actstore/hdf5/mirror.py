@@ -107,6 +107,7 @@ class Array:
             fill = "" if text else fill_of(said["fill_value"], dtype)
             found = cls(name, dtype, shape, chunk, tuple(dims), fill, sharded, said)
             named = all(isinstance(dim, str) and _is_plain(dim) for dim in dims)
+            known = known and isinstance(found.attributes, dict)
             if not known or not named or not len(shape) == len(chunk) == len(dims):
                 msg = f"data_type {said['data_type']!r:.40}, dimensions {dims!r:.200}"
                 raise FormatError(msg)
@@ -114,6 +115,11 @@ class Array:
             msg = f"the metadata of {name!r} describe no array of an archive: {error!r:.200}"
             raise FormatError(msg) from error
         return found
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Its attributes in the archive."""
+        return self.said.get("attributes", {})  # type: ignore[no-any-return]
 
     @property
     def is_text(self) -> bool:
@@ -208,8 +214,12 @@ def arrays(root: Mapping[str, Any]) -> dict[str, Array]:
 
 def groups(root: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Give an archive's groups and their attributes, the root (``""``) first."""
-    below = {name: said["attributes"] for name, said in _nodes(root, "group")}
-    return {"": root["attributes"], **dict(sorted(below.items()))}
+    below = {name: said.get("attributes", {}) for name, said in _nodes(root, "group")}
+    found = {"": root["attributes"], **dict(sorted(below.items()))}
+    if not all(isinstance(said, dict) for said in found.values()):
+        msg = "its metadata describe no archive: attributes that are no object"
+        raise FormatError(msg)
+    return found
 
 
 # -- dimensions ---------------------------------------------------------------------------------

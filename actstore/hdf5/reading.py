@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from actstore.archive import store
 from actstore.archive.coordinates import STRING
 from actstore.archive.reading import ShardedRows, Storage
-from actstore.errors import ArchiveError, FormatError
+from actstore.errors import ActstoreError, ArchiveError, FormatError
 from actstore.hdf5 import chunks as coded
 from actstore.hdf5.mirror import ESCAPE, METADATA, TEXT_CRC, Array, arrays, text_crc, unescaped
 
@@ -95,6 +96,7 @@ class Hdf5Archive:
             msg = f"{path} can't be opened as HDF5: {error}"
             raise FormatError(msg) from error
         self._raw = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._close_raw = weakref.finalize(self, os.close, self._raw)  # once, and when dropped
         try:
             self.data = self._metadata()
             self.root = store.parse_root(self.data, path)
@@ -117,13 +119,8 @@ class Hdf5Archive:
         """Close the file; twice does no harm."""
         self._stored.clear()
         self._file.close()
-        raw, self._raw = self._raw, -1
-        if raw >= 0:
-            os.close(raw)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_raw"):
-            self.close()
+        self._raw = -1
+        self._close_raw()
 
     @property
     def file(self) -> Any:
@@ -142,7 +139,12 @@ class Hdf5Archive:
             if name not in self._stored:
                 array = self.arrays[name]
                 dataset = self._open(name)
-                self._stored[name] = Stored(array, dataset, self._checked(array, dataset))
+                try:
+                    self._stored[name] = Stored(array, dataset, self._checked(array, dataset))
+                except _OF_HDF5 as error:
+                    if isinstance(error, ActstoreError):
+                        raise
+                    raise self._refused(name, str(error)) from error
             return self._stored[name]
 
     def rows(self, name: str) -> Hdf5Rows | None:

@@ -186,7 +186,7 @@ class Hdf5Writer:
         dtype = _STRING if array.is_text else array.stored
         fill = None if array.is_text else array.stored.type(array.fill)
         made = file.create_dataset(array.name, array.shape, dtype, fillvalue=fill, **options)
-        made.attrs.update(attributes_of(array.said.get("attributes", {}), array))
+        made.attrs.update(attributes_of(array.attributes, array))
         return made
 
     # -- values
