@@ -171,15 +171,16 @@ def _over_hdf5(path: Path) -> xr.Dataset:
         for name, array in archive.arrays.items():
             if "/" in name:
                 continue
+            if array.dims == (name,):
+                archive.stored(name)  # xarray reads it at once, however long it is
             lazy = indexing.LazilyIndexedArray(_Parts(archive, name))
             cached: Any = indexing.MemoryCachedArray(  # type: ignore[no-untyped-call]
                 indexing.CopyOnWriteArray(lazy)  # type: ignore[arg-type]
             )
-            outer = tuple(array.said["chunk_grid"]["configuration"]["chunk_shape"])
-            preferred = dict(zip(array.dims, outer, strict=True))
+            preferred = dict(zip(array.dims, array.shard, strict=True))
             encoding: dict[str, Any] = {"chunks": array.chunk, "preferred_chunks": preferred}
             encoding["dtype"] = array.dtype  # else xarray makes objects of text
-            encoding |= {"shards": outer} if array.sharded else {}
+            encoding |= {"shards": array.shard} if array.sharded else {}
             said = dict(array.attributes)
             variables[name] = xr.Variable(array.dims, cached, said, encoding)
         raw = xr.Dataset(variables, attrs=dict(archive.root["attributes"]))

@@ -8,11 +8,10 @@ kept by the journal, as that of a compaction.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,12 +272,7 @@ def _profile(root: Mapping[str, Any], array: Array) -> str | None:
 def _shards(archive: Hdf5Archive, array: Array) -> Iterator[_Shard]:
     """Give the shards of an array that hold a chunk."""
     stored, profile = archive.stored(array.name), _profile(archive.root, array)
-    outer = array.said["chunk_grid"]["configuration"]["chunk_shape"]
-    per = tuple(whole // part for whole, part in zip(outer, array.chunk, strict=True))
-    fits = all(0 < one <= most for one, most in zip(per, array.grid(), strict=True))
-    if not fits or any(whole % part for whole, part in zip(outer, array.chunk, strict=True)):
-        msg = f"{array.name!r}: shards of {outer} don't hold whole chunks of {array.chunk}"
-        raise FormatError(msg)
+    per = tuple(whole // part for whole, part in zip(array.shard, array.chunk, strict=True))
     found: dict[tuple[int, ...], dict[int, tuple[int, ...]]] = {}
     for place in archive.places(stored):
         shard = tuple(at // count for at, count in zip(place, per, strict=True))
@@ -355,14 +349,10 @@ def _write_other(archive: Hdf5Archive, folder: Path, array: Array) -> None:
         whole = tuple(map(slice, array.shape))
         store.write_part(folder, array.name, whole, archive.text(array.name))
         return
-    size = array.chunk
-    places: Iterable[tuple[int, ...]] = itertools.product(*map(range, array.grid()))
-    if array.sharded:
-        size = tuple(array.said["chunk_grid"]["configuration"]["chunk_shape"])
-        places = [one.place for one in _shards(archive, array)]
+    places = [one.place for one in _shards(archive, array)] if array.sharded else array.places()
     for place in places if array.nbytes else ():
         part = tuple(
             slice(at * step, min((at + 1) * step, length))
-            for at, step, length in zip(place, size, array.shape, strict=True)
+            for at, step, length in zip(place, array.shard, array.shape, strict=True)
         )
         store.write_part(folder, array.name, part, archive.part(array.name, part))

@@ -133,7 +133,6 @@ class Hdf5Check:
         if not array.shape or not array.nbytes:
             return
         wanted = _wanted(archive, array)
-        places = itertools.product(*map(range, array.grid()))
 
         def check(place: Grid) -> str:
             try:
@@ -143,7 +142,7 @@ class Hdf5Check:
             missing = wanted is None or bool(wanted[place[: wanted.ndim]])
             return "" if there or not missing else "it is not there, though its rows are"
 
-        for batch in _batches(places):
+        for batch in _batches(array.places()):
             for place, reason in zip(batch, pool.map(check, batch), strict=True):
                 self.checked["chunks"] += 1
                 if reason:
@@ -242,7 +241,7 @@ def _dims(made: Any, array: Array, scales: Mapping[str, tuple[int, bool]]) -> It
         return
     try:
         found = [one[0].name for one in made.dims]
-    except _OF_HDF5 as error:
+    except (*_OF_HDF5, AttributeError) as error:
         found = [str(error)]
     if found != wanted:
         yield Finding(array.name, f"its dimensions are {found}, not {wanted}")

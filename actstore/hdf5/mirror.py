@@ -40,6 +40,7 @@ METADATA: Final = f"{PRIVATE}/zarr.json"
 ESCAPE, TEXT_CRC = "nul_escape", "crc32c"
 
 _MOST_CHUNK: Final = 1 << 30  # bytes: as many as a row of an archive has at most
+_MOST_SHARDS: Final = 1 << 20  # of an array: 64 TiB of values
 _MOST_LIST: Final = 1000  # items of an attribute: HDF5 has room for 64 KiB
 _INT64: Final = range(-(1 << 63), 1 << 63)
 _TAKEN: Final = frozenset(
@@ -65,8 +66,9 @@ class Array:
         Its path in the archive and in the file.
     dtype : numpy.dtype
         Of its values: `STRING` for text.
-    shape, chunk : tuple of int
-        Of the array, and of its chunks: the archive's inner chunks.
+    shape, chunk, shard : tuple of int
+        Of the array, of its chunks, which are the archive's inner chunks, and of the archive's
+        shards; where there are none, of its chunks.
     dims : tuple of str
         Its dimensions.
     fill : object
@@ -81,6 +83,7 @@ class Array:
     dtype: np.dtype
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
+    shard: tuple[int, ...]
     dims: tuple[str, ...]
     fill: Any
     sharded: bool
@@ -96,25 +99,35 @@ class Array:
             It describes none that an archive has.
         """
         try:
-            shape = _lengths(said["shape"], 0)
-            codec = said["codecs"][0]
+            shape, kind = _lengths(said["shape"], 0), said["data_type"]
+            shard = _lengths(said["chunk_grid"]["configuration"]["chunk_shape"], 1)
+            codec, dims = said["codecs"][0], said["dimension_names"]
             sharded = codec["name"] == "sharding_indexed"
-            place = codec if sharded else said["chunk_grid"]
-            chunk = _lengths(place["configuration"]["chunk_shape"], 1)
-            dims = said["dimension_names"]
-            text, known = said["data_type"] == "string", said["data_type"] in _DTYPES
-            dtype = STRING if text else np.dtype(said["data_type"])
-            fill = "" if text else fill_of(said["fill_value"], dtype)
-            found = cls(name, dtype, shape, chunk, tuple(dims), fill, sharded, said)
-            named = all(isinstance(dim, str) and _is_plain(dim) for dim in dims)
-            known = known and isinstance(found.attributes, dict)
-            if not known or not named or not len(shape) == len(chunk) == len(dims):
-                msg = f"data_type {said['data_type']!r:.40}, dimensions {dims!r:.200}"
+            chunk = _lengths(codec["configuration"]["chunk_shape"], 1) if sharded else shard
+            dtype = STRING if kind == "string" else np.dtype(kind)
+            fill = "" if kind == "string" else fill_of(said["fill_value"], dtype)
+            found = cls(name, dtype, shape, chunk, shard, tuple(dims), fill, sharded, said)
+            if kind not in _DTYPES or not isinstance(found.attributes, dict):
+                msg = f"data_type {kind!r:.40}, attributes {found.attributes!r:.40}"
                 raise FormatError(msg)
+            if not all(isinstance(dim, str) and _is_plain(dim) for dim in dims):
+                msg = f"dimensions {dims!r:.200}"
+                raise FormatError(msg)
+            found._check_cut()
         except _MALFORMED as error:
             msg = f"the metadata of {name!r} describe no array of an archive: {error!r:.200}"
             raise FormatError(msg) from error
         return found
+
+    def _check_cut(self) -> None:
+        """Refuse chunks and shards that compaction doesn't make, such as absurdly many."""
+        cuts = list(zip(self.shape, self.chunk, self.shard, self.dims, strict=True))
+        whole = all(not shard % chunk for _, chunk, shard, _ in cuts)
+        needed = all(shard <= max(-(-size // chunk), 1) * chunk for size, chunk, shard, _ in cuts)
+        count = math.prod(-(-size // shard) for size, _, shard, _ in cuts)
+        if not whole or (self.sharded and not needed) or count > _MOST_SHARDS:
+            msg = f"{count} shards of {self.shard}, chunks of {self.chunk}, of {self.shape}"
+            raise FormatError(msg)
 
     @property
     def attributes(self) -> Mapping[str, Any]:
@@ -159,6 +172,16 @@ class Array:
     def grid(self) -> tuple[int, ...]:
         """Give how many chunks it has along each dimension."""
         return tuple(-(-size // part) for size, part in zip(self.shape, self.cut(), strict=True))
+
+    def places(self) -> Iterator[tuple[int, ...]]:
+        """Give the places of its chunks, however many it says there are."""
+        counts = self.grid()
+        for number in range(math.prod(counts)):
+            place, rest = [], number
+            for count in reversed(counts):
+                rest, at = divmod(rest, count)
+                place.append(at)
+            yield tuple(reversed(place))
 
     def lines(self) -> Iterator[tuple[slice, ...]]:
         """Give parts of it, one after the other, in C order: whole but along the first axis."""

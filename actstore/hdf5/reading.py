@@ -26,7 +26,16 @@ from actstore.archive.coordinates import STRING
 from actstore.archive.reading import ShardedRows, Storage
 from actstore.errors import ActstoreError, ArchiveError, FormatError
 from actstore.hdf5 import chunks as coded
-from actstore.hdf5.mirror import ESCAPE, METADATA, TEXT_CRC, Array, arrays, text_crc, unescaped
+from actstore.hdf5.mirror import (
+    ESCAPE,
+    METADATA,
+    TEXT_CRC,
+    Array,
+    arrays,
+    dimensions,
+    text_crc,
+    unescaped,
+)
 
 __all__ = ["Hdf5Archive", "Hdf5Rows", "Stored", "is_ours", "reopened"]
 
@@ -101,6 +110,7 @@ class Hdf5Archive:
             self.data = self._metadata()
             self.root = store.parse_root(self.data, path)
             self.arrays = arrays(self.root)
+            self._check_dimensions()
         except BaseException:
             self.close()
             raise
@@ -298,6 +308,12 @@ class Hdf5Archive:
         try:
             return bytes(dataset[...])
         except _OF_HDF5 as error:
+            raise self._refused(METADATA, str(error)) from error
+
+    def _check_dimensions(self) -> None:
+        try:
+            dimensions(self.arrays)
+        except ArchiveError as error:
             raise self._refused(METADATA, str(error)) from error
 
     def _checked(self, array: Array, dataset: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -299,7 +298,7 @@ class _Source:
 
     def places(self) -> Iterator[Grid]:
         """Give the chunks that are there; all, where it can't be told."""
-        for place in itertools.product(*map(range, self.array.grid())):
+        for place in self.array.places():
             if self._rows is None or self._rows.is_written(*self._at(place)):
                 yield place
 
