@@ -185,13 +185,13 @@ def _archive(place: Path, target: Path, gigabytes: float) -> Iterator[Place]:
             "log; make one of an .h5 or .zarr.zip by import_archive"
         )
         raise FormatError(msg)
-    made = target.with_name(f".{target.name}.zarr")
-    shutil.rmtree(made, ignore_errors=True)  # of a call that was killed
+    folder = target.with_name(f".{target.name}.source")
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
     try:
-        compact(place, made, max_memory_gb=gigabytes)
-        yield made
+        folder.mkdir()
+        yield compact(place, folder / "run.zarr", max_memory_gb=gigabytes).path
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -205,20 +205,30 @@ class ShardedRows:
         run = target[-1] - first == count - 1 and wanted.within[-1] - wanted.within[0] == count - 1
         direct = run and here.nbytes == storage.chunk_bytes and storage.order is None
         place = here if direct else np.empty(storage.chunk, self.dtype)
-        try:
-            self._decode(encoded, place.reshape(-1).view(np.uint8))
-        except FormatError as error:
-            raise self._damaged(layer, wanted.chunk, str(error)) from error
+        self._decode_chunk(layer, wanted.chunk, encoded, place)
         if not direct:
-            if storage.order is not None:
-                turned = place.reshape([storage.chunk[axis] for axis in storage.order])
-                place = turned.transpose(np.argsort(storage.order))
-            rows = place.reshape(storage.chunk[self.axis :])
+            rows = self._turned(place)
             low = int(wanted.within[0])
             if run:
                 here[...] = rows[low : low + count]
             else:
                 out[target] = rows[wanted.within]
+
+    def _decode_chunk(
+        self, layer: int, chunk: int, encoded: memoryview, place: NDArray[Any]
+    ) -> None:
+        try:
+            self._decode(encoded, place.reshape(-1).view(np.uint8))
+        except FormatError as error:
+            raise self._damaged(layer, chunk, str(error)) from error
+
+    def _turned(self, place: NDArray[Any]) -> NDArray[Any]:
+        """Give the rows of a chunk as it is stored, without its layer."""
+        storage = self._storage
+        if storage.order is not None:
+            turned = place.reshape([storage.chunk[axis] for axis in storage.order])
+            place = turned.transpose(np.argsort(storage.order))
+        return place.reshape(storage.chunk[self.axis :])
 
     def _decode(self, encoded: memoryview, out: NDArray[np.uint8]) -> None:
         codecs.decode_into(self._storage.config, encoded, out)
@@ -228,6 +238,21 @@ class ShardedRows:
         shard, number = divmod(chunk, self._per_shard)
         index = self._index(layer, shard, self._per_shard)
         return index is not None and int(index[number, 0]) != EMPTY
+
+    def chunk(self, layer: int, chunk: int) -> NDArray[Any] | None:
+        """Read a whole chunk, with what stands in it behind the end of the array.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            [chunk_rows, *row_shape]; None where it was not written.
+        """
+        encoded = self._encoded(layer, chunk)
+        if encoded is None:
+            return None
+        place = np.empty(self._storage.chunk, self.dtype)
+        self._decode_chunk(layer, chunk, encoded, place)
+        return self._turned(place)
 
     @property
     def _per_shard(self) -> int:

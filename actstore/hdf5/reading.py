@@ -220,6 +220,8 @@ class Hdf5Archive:
     def places(self, stored: Stored) -> list[Grid]:
         """Give the chunks that were written, of which there may be far fewer than could be."""
         found: list[Grid] = []
+        if not stored.array.nbytes or not stored.array.shape:
+            return found
         cut, grid = stored.array.cut(), stored.array.grid()
 
         def note(chunk: Any) -> None:

@@ -304,13 +304,12 @@ class _Source:
 
     def chunk(self, place: Grid) -> NDArray[Any]:
         """Read a whole chunk, as HDF5 has it: filled up behind the end of the array."""
-        array, part = self.array, self.array.part(place)
-        if self._rows is None:
-            found = store.read_part(self._folder, array.name, part)
-        else:
-            rows = part[self.axis]
-            found = self._rows.read(self._at(place)[0], np.arange(rows.start, rows.stop))
-            found = found[np.newaxis] if self.axis else found
+        array = self.array
+        found = None if self._rows is None else self._rows.chunk(*self._at(place))
+        if found is None:
+            found = store.read_part(self._folder, array.name, array.part(place))
+        elif self.axis:
+            found = found[np.newaxis]
         found = found.astype(array.stored, copy=False)
         if found.shape != array.cut():
             whole = np.full(array.cut(), array.fill, array.stored)
