@@ -73,7 +73,7 @@ def encode(data: Bytes, itemsize: int, compression: str, *, repeats: bool = Fals
     elif compression == "gzip":
         body = _deflate(data, itemsize, repeats)
     else:
-        body = codecs.compressor(repeats=repeats).compress(memoryview(_planes(data, itemsize)))
+        body = _zstd(data, itemsize, repeats)
     return body + _SUM.pack(fletcher32(body))
 
 
@@ -205,6 +205,18 @@ def _deflate(data: Bytes, itemsize: int, repeats: bool) -> bytes:
         parts.append(made.flush(zlib.Z_FINISH if last else zlib.Z_FULL_FLUSH))
     parts.append(zlib.adler32(planes).to_bytes(4, "big"))
     return b"".join(parts)
+
+
+def _zstd(data: Bytes, itemsize: int, repeats: bool) -> bytes:
+    """Compress planes as one frame, whose blocks end where they do: each has its own table."""
+    planes, length = memoryview(_planes(data, itemsize)), data.nbytes // itemsize
+    made = codecs.compressor(repeats=repeats).compressobj(size=data.nbytes)
+    parts = []
+    for place in range(itemsize):
+        parts.append(made.compress(planes[place * length : (place + 1) * length]))
+        if place < itemsize - 1:
+            parts.append(made.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    return b"".join([*parts, made.flush()])
 
 
 @lru_cache
