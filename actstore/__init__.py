@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from actstore.archive.precision import Precision as Precision
     from actstore.capture.preview import describe as describe
     from actstore.capture.preview import estimate as estimate
+    from actstore.capture.preview import suggest_config as suggest_config
     from actstore.choosing import choose_precision as choose_precision
     from actstore.compaction import compact as compact
     from actstore.config import HookConfig as HookConfig
@@ -24,11 +25,18 @@ if TYPE_CHECKING:
     from actstore.enriching import add_coordinates as add_coordinates
     from actstore.enriching import remove_added as remove_added
     from actstore.errors import ActstoreError as ActstoreError
+    from actstore.exporting import export as export
     from actstore.framework import InstrumentationFramework as InstrumentationFramework
     from actstore.framework import (
         analyze_activations_with_tokens as analyze_activations_with_tokens,
     )
     from actstore.grouping import group_statistics as group_statistics
+    from actstore.importing import import_archive as import_archive
+    from actstore.packets import packet_table as packet_table
+    from actstore.sharing import About as About
+    from actstore.sharing import Privacy as Privacy
+    from actstore.sharing import share as share
+    from actstore.sharing import what_leaves as what_leaves
     from actstore.stream.reader import open_stream as open_stream
     from actstore.stream.recover import recover as recover
     from actstore.verification import verify as verify
@@ -36,12 +44,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "About": "actstore.sharing",
     "ActstoreError": "actstore.errors",
     "HookConfig": "actstore.config",
     "HookGranularity": "actstore.config",
     "InstrumentationConfig": "actstore.config",
     "InstrumentationFramework": "actstore.framework",
     "Precision": "actstore.archive.precision",
+    "Privacy": "actstore.sharing",
     "add_coordinates": "actstore.enriching",
     "analyze_activations_with_tokens": "actstore.framework",
     "append": "actstore.appending",
@@ -49,21 +59,29 @@ _HOMES = {
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
+    "export": "actstore.exporting",
     "group_statistics": "actstore.grouping",
+    "import_archive": "actstore.importing",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
+    "packet_table": "actstore.packets",
     "recover": "actstore.stream.recover",
     "remove_added": "actstore.enriching",
+    "share": "actstore.sharing",
+    "suggest_config": "actstore.capture.preview",
     "verify": "actstore.verification",
+    "what_leaves": "actstore.sharing",
 }
 
 __all__ = [
+    "About",
     "ActstoreError",
     "HookConfig",
     "HookGranularity",
     "InstrumentationConfig",
     "InstrumentationFramework",
     "Precision",
+    "Privacy",
     "add_coordinates",
     "analyze_activations_with_tokens",
     "append",
@@ -71,12 +89,18 @@ __all__ = [
     "compact",
     "describe",
     "estimate",
+    "export",
     "group_statistics",
+    "import_archive",
     "open_dataset",
     "open_stream",
+    "packet_table",
     "recover",
     "remove_added",
+    "share",
+    "suggest_config",
     "verify",
+    "what_leaves",
 ]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 from actstore.errors import ConfigError
 
@@ -86,6 +86,52 @@ class InstrumentationConfig:
                     f"{_LEAST_BUDGET / _GIGABYTE:.6f} (1 MiB); give more"
                 )
                 raise ConfigError(msg)
+
+    @classmethod
+    def fast_capture(cls) -> Self:
+        """Give a config for all modules, raw: the least work while the model runs."""
+        return cls(HookGranularity.FULL_TENSOR, "none", 4.0)
+
+    @classmethod
+    def balanced(cls) -> Self:
+        """Give a config for all modules, by LZ4."""
+        return cls(HookGranularity.FULL_TENSOR, "lz4", 2.0)
+
+    @classmethod
+    def max_compression(cls) -> Self:
+        """Give a config for all modules, as small as the log makes them."""
+        return cls(HookGranularity.FULL_TENSOR, "zstd", 1.0)
+
+    @classmethod
+    def max(cls) -> Self:
+        """Give a config for all modules, small, held against a high rate."""
+        return cls(HookGranularity.FULL_TENSOR, "zstd", 6.0)
+
+    @classmethod
+    def attention_analysis(cls) -> Self:
+        """Give a config for the attention of every block."""
+        return cls(HookGranularity.ATTENTION_ONLY, "lz4", 2.0)
+
+    @classmethod
+    def mlp_analysis(cls) -> Self:
+        """Give a config for the MLP of every block."""
+        return cls(HookGranularity.MLP_ONLY, "lz4", 2.0)
+
+    def with_granularity(self, granularity: HookGranularity) -> Self:
+        """Give this config with another granularity."""
+        return replace(self, granularity=granularity)
+
+    def with_compression(self, compression_algorithm: str) -> Self:
+        """Give this config with another codec."""
+        return replace(self, compression_algorithm=compression_algorithm)
+
+    def with_throughput(self, target_throughput_gbps: float) -> Self:
+        """Give this config with another target, in GB/s."""
+        return replace(self, target_throughput_gbps=target_throughput_gbps)
+
+    def with_memory_limit(self, max_memory_gb: float | None) -> Self:
+        """Give this config with another budget, in GB."""
+        return replace(self, max_memory_gb=max_memory_gb)
 
     @property
     def budget(self) -> int:

@@ -139,3 +139,39 @@ def test_configuring_needs_no_torch() -> None:
     )
     root = str(Path(actstore.__file__).parents[1])
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+# -- presets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity", "codec", "target"),
+    [
+        ("fast_capture", HookGranularity.FULL_TENSOR, "none", 4.0),
+        ("balanced", HookGranularity.FULL_TENSOR, "lz4", 2.0),
+        ("max_compression", HookGranularity.FULL_TENSOR, "zstd", 1.0),
+        ("max", HookGranularity.FULL_TENSOR, "zstd", 6.0),
+        ("attention_analysis", HookGranularity.ATTENTION_ONLY, "lz4", 2.0),
+        ("mlp_analysis", HookGranularity.MLP_ONLY, "lz4", 2.0),
+    ],
+)
+def test_presets_are_those_of_llm_instrumentation_within_the_hosts_memory(
+    name: str, granularity: HookGranularity, codec: str, target: float
+) -> None:
+    assert getattr(InstrumentationConfig, name)() == InstrumentationConfig(
+        granularity, codec, target, None
+    )
+
+
+def test_a_config_is_changed_by_giving_another() -> None:
+    first = InstrumentationConfig.balanced()
+    second = (
+        first.with_compression("zstd")
+        .with_memory_limit(2.5)
+        .with_throughput(0.5)
+        .with_granularity(HookGranularity.MLP_ONLY)
+    )
+    assert second == InstrumentationConfig(HookGranularity.MLP_ONLY, "zstd", 0.5, 2.5)
+    assert first == InstrumentationConfig.balanced()
+    with pytest.raises(ConfigError, match="compression_algorithm must be one of"):
+        first.with_compression("gzip")

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +16,7 @@ from actstore.archive import store
 from actstore.archive.adding import ADDED
 from actstore.archive.precision import SCALE
 from actstore.archive.shards import check_shard, is_sealed, shard_path
+from actstore.archive.zipped import Place
 from actstore.errors import FormatError
 
 __all__ = ["ArchiveCheck", "Finding"]
@@ -100,7 +100,7 @@ class ArchiveCheck:
 
     Parameters
     ----------
-    folder : Path
+    folder : Path or ZipPath
         The archive.
 
     Attributes
@@ -111,7 +111,7 @@ class ArchiveCheck:
         Bytes of the files that were looked at.
     """
 
-    folder: Path
+    folder: Place
     checked: Counter[str] = field(default_factory=Counter)
     nbytes: int = 0
 
@@ -139,7 +139,7 @@ class ArchiveCheck:
             self.checked["arrays"] += 1
             yield from self._array(array, arrays)
 
-    def _looked_at(self, path: Path) -> None:
+    def _looked_at(self, path: Place) -> None:
         self.checked["files"] += 1
         self.nbytes += path.stat().st_size
 
@@ -197,7 +197,7 @@ class ArchiveCheck:
         self, array: _Array, place: tuple[int, ...], companion: _Array | None
     ) -> Iterator[Finding]:
         path = shard_path(self.folder, array.name, place)
-        name = str(path.relative_to(self.folder))
+        name = "/".join([array.name, "c", *map(str, place)])
         wanted = self._wanted(array, place, companion)
         if not path.exists():
             if wanted.any():
@@ -235,7 +235,7 @@ class ArchiveCheck:
         self, array: _Array, place: tuple[int, ...], _companion: _Array | None
     ) -> Iterator[Finding]:
         path = shard_path(self.folder, array.name, place)
-        name = str(path.relative_to(self.folder))
+        name = "/".join([array.name, "c", *map(str, place)])
         try:
             data = path.read_bytes()
         except OSError as error:

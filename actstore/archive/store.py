@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any, Final
 
@@ -18,11 +20,13 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import ZipStore
 
 from actstore import files
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import GROUPS, plain_json
 from actstore.archive.shards import codec_metadata
+from actstore.archive.zipped import Place, ZipPath
 from actstore.errors import ArchiveError, FormatError, UnsupportedVersionError
 
 __all__ = [
@@ -34,10 +38,13 @@ __all__ = [
     "is_archive",
     "metadata_crc",
     "open_xarray",
+    "parse_root",
     "read_attributes",
     "read_part",
     "read_root",
     "read_rows",
+    "write_metadata",
+    "write_part",
 ]
 
 FORMAT: Final = "actstore"
@@ -202,8 +209,8 @@ def metadata_crc(data: bytes) -> tuple[str, str]:
     return data[place:end].decode("ascii", "replace"), f"{found:08x}"
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a folder is one of our archives, of whatever version."""
+def is_archive(path: Place) -> bool:
+    """Whether a folder or a zip is one of our archives, of whatever version."""
     try:
         read_attributes(path)
     except UnsupportedVersionError:
@@ -213,7 +220,7 @@ def is_archive(path: Path) -> bool:
     return True
 
 
-def read_root(path: Path) -> dict[str, Any]:
+def read_root(path: Place) -> dict[str, Any]:
     """Read the root metadata of an archive: its attributes, and the metadata of all in it.
 
     Raises
@@ -223,12 +230,21 @@ def read_root(path: Path) -> dict[str, Any]:
     UnsupportedVersionError
         It is one of a version that this actstore doesn't know.
     """
-    place = path / "zarr.json"
+    try:
+        data = _read_json(path / "zarr.json")
+    except (OSError, ValueError) as error:
+        msg = f"{path} is no archive of actstore: {error!r}"
+        raise FormatError(msg) from error
+    return parse_root(data, path)
+
+
+def parse_root(data: bytes, path: Place) -> dict[str, Any]:
+    """Parse the root metadata of the archive at ``path``; raises as `read_root` does."""
     wanted = f"wanted a Zarr v3 group whose attribute 'format' is {FORMAT!r}"
     try:
-        root: dict[str, Any] = json.loads(_read_json(place))
+        root: dict[str, Any] = json.loads(data)
         kind, version = (root["attributes"][name] for name in ("format", "format_version"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         msg = f"{path} is no archive of actstore: {wanted}; {error!r}"
         raise FormatError(msg) from error
     if kind != FORMAT:
@@ -243,12 +259,12 @@ def read_root(path: Path) -> dict[str, Any]:
     return root
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_attributes(path: Place) -> dict[str, Any]:
     """Read the root attributes of an archive; raises as `read_root` does."""
     return dict(read_root(path)["attributes"])
 
 
-def _read_json(place: Path) -> bytes:
+def _read_json(place: Place) -> bytes:
     """Read metadata, unless it is larger than any that is worth parsing."""
     if place.stat().st_size > _JSON_LIMIT:
         msg = f"{place} is over {_JSON_LIMIT} bytes"
@@ -256,7 +272,7 @@ def _read_json(place: Path) -> bytes:
     return place.read_bytes()
 
 
-def check_identity(path: Path) -> None:
+def check_identity(path: Place) -> None:
     """Raise as `read_attributes`, unless this is an archive whose root metadata is damaged.
 
     Such a one still says that it has a checksum, in bytes that nothing else has there.
@@ -273,10 +289,11 @@ def check_identity(path: Path) -> None:
             raise
 
 
-def open_xarray(path: Path, group: str = "") -> xr.Dataset:
+def open_xarray(path: Place, group: str = "") -> xr.Dataset:
     """Open an archive, or a group of it, lazily, without dask."""
+    held = _Zip(path.file, mode="r") if isinstance(path, ZipPath) else path
     dataset: xr.Dataset = xr.open_zarr(
-        path, group=group or None, chunks=None, consolidated=not group, zarr_format=3
+        held, group=group or None, chunks=None, consolidated=not group, zarr_format=3
     )
     return dataset
 
@@ -287,17 +304,52 @@ def arrays_of(root: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: said for name, said in below.items() if said["node_type"] == "array"}
 
 
-def read_rows(folder: Path, name: str, place: tuple[int, ...], first: int, last: int) -> Any:
+def read_rows(folder: Place, name: str, place: tuple[int, ...], first: int, last: int) -> Any:
     """Read rows of an array by zarr-python: a decoder that is not ours."""
-    array: Any = zarr.open_array(folder / name, mode="r", zarr_format=3)
-    found: NDArray[Any] = np.asarray(array[(*place, slice(first, last))])
+    found: NDArray[Any] = np.asarray(_open(folder, name)[(*place, slice(first, last))])
     if found.shape[0] != last - first:
         msg = f"{folder / name} has {found.shape[0]} of the rows {first} to {last}"
         raise ArchiveError(msg)
     return found
 
 
-def read_part(folder: Path, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
+def read_part(folder: Place, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
     """Read a part of an array."""
-    array: Any = zarr.open_array(folder / name, mode="r", zarr_format=3)
-    return np.asarray(array[part])
+    return np.asarray(_open(folder, name)[part])
+
+
+def write_metadata(folder: Path, name: str, said: Mapping[str, Any]) -> None:
+    """Write the metadata of an array or a group, as another archive has it."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    files.write_new(folder / name / "zarr.json", [json.dumps(said, indent=2).encode()])
+
+
+def write_part(folder: Path, name: str, part: tuple[slice, ...], values: NDArray[Any]) -> None:
+    """Write whole chunks of an array whose metadata is there; each chunk, whatever it holds."""
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        array: Any = zarr.open_array(folder / name, mode="r+", zarr_format=3)
+        array[part] = values
+
+
+def _open(folder: Place, name: str) -> Any:
+    if isinstance(folder, ZipPath):
+        said = folder.file.stat()
+        held = _held(folder.file, said.st_size, said.st_mtime_ns)
+        return zarr.open_array(held, path=name, mode="r", zarr_format=3)
+    return zarr.open_array(folder / name, mode="r", zarr_format=3)
+
+
+@lru_cache(maxsize=2)
+def _held(path: Path, _size: int, _mtime: int) -> ZipStore:
+    return _Zip(path, mode="r")
+
+
+class _Zip(ZipStore):
+    """A zip whose damage is an error of ours."""
+
+    async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().get(key, *args, **kwargs)
+        except zipfile.BadZipFile as error:
+            msg = f"{self.path}/{key} is damaged: {error}; see actstore.verify"
+            raise ArchiveError(msg) from error

@@ -25,7 +25,7 @@ from actstore.errors import ConfigError
 from actstore.packet import Packet
 from actstore.stream.reader import StreamReader, open_stream
 
-__all__ = ["Description", "Estimate", "describe", "estimate"]
+__all__ = ["Description", "Estimate", "describe", "estimate", "suggest_config"]
 
 Bytes = NDArray[np.uint8]
 
@@ -40,8 +40,9 @@ class Description:
 
     Attributes
     ----------
-    model : str
-        The model's class.
+    model, architecture : str
+        The model's class, and what its configuration calls its kind (``"llama"``); ``"unknown"``
+        where there is none.
     stacks : mapping of str to int
         The lists of blocks by name, and the blocks in each.
     layers : mapping of str to tuple of str
@@ -55,6 +56,7 @@ class Description:
     """
 
     model: str
+    architecture: str
     stacks: Mapping[str, int]
     layers: Mapping[str, tuple[str, ...]]
     sites: Mapping[str, str]
@@ -74,7 +76,8 @@ class Description:
             rows.append([site, pattern or "(the model)", *marks])
         rows.append(["all", "", *(str(len(names)) for names in self.layers.values())])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.model}: {stacks or 'no stack of blocks'}"]
+        kind = "" if self.architecture == "unknown" else f" ({self.architecture})"
+        lines = [f"{self.model}{kind}: {stacks or 'no stack of blocks'}"]
         for row in rows:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             lines.append("  ".join(cells).rstrip())
@@ -162,12 +165,54 @@ def describe(model: nn.Module, hooks: HookConfig | None = None) -> Description:
     config = getattr(inner, "config", None)
     return Description(
         type(inner).__name__,
+        str(getattr(config, "model_type", None) or "unknown"),
         {stack.path: len(stack.blocks) for stack in find_stacks(inner)},
         {name: tuple(one.name for one in targets) for name, targets in found.items()},
         _patterns(found[HookGranularity.FULL_TENSOR.name]),
         tuple(fused_experts(inner)),
         getattr(config, "_attn_implementation", None),
     )
+
+
+def suggest_config(model: nn.Module, purpose: str = "interpretability") -> InstrumentationConfig:
+    """Suggest a config for a model, by what it has and what the capture is for.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, or a wrapper of it.
+    purpose : {"interpretability", "debugging", "performance_analysis", "full_capture"}
+        One module a block: its attention, else its MLP, where there are blocks; all modules, raw;
+        all modules, small; all modules.
+
+    Returns
+    -------
+    InstrumentationConfig
+        To be changed with its ``with_…`` methods.
+
+    Raises
+    ------
+    ConfigError
+        There is no such purpose.
+    """
+    _check_model(model, "suggest_config")
+    all_modules = {
+        "debugging": InstrumentationConfig.fast_capture,
+        "performance_analysis": InstrumentationConfig.max_compression,
+        "full_capture": InstrumentationConfig.balanced,
+    }
+    if purpose in all_modules:
+        return all_modules[purpose]()
+    if purpose != "interpretability":
+        wanted = ", ".join(map(repr, ("interpretability", *all_modules)))
+        msg = f"purpose must be one of {wanted}; got {purpose!r}"
+        raise ConfigError(msg)
+    layers = describe(model).layers
+    if layers[HookGranularity.ATTENTION_ONLY.name]:
+        return InstrumentationConfig.attention_analysis()
+    if layers[HookGranularity.MLP_ONLY.name]:
+        return InstrumentationConfig.mlp_analysis()
+    return InstrumentationConfig.balanced()
 
 
 def _patterns(targets: Sequence[Target]) -> dict[str, str]:

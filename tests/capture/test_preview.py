@@ -44,7 +44,7 @@ def test_a_description_names_what_every_granularity_captures(name: str, log: Pat
 
 def test_a_description_is_a_table_of_sites_and_granularities() -> None:
     lines = str(actstore.describe(build("Llama"))).splitlines()
-    assert lines[0] == "LlamaForCausalLM: 2 blocks at 'model.layers'"
+    assert lines[0] == "LlamaForCausalLM (llama): 2 blocks at 'model.layers'"
     assert lines[1].split() == ["site", "module", *(one.name for one in HookGranularity)]
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert rows["mlp"] == ["model.layers.{}.mlp", "2", "2", "2"]
@@ -138,3 +138,31 @@ def test_the_documented_table_of_families_is_what_is_tested() -> None:
     for name, family in FAMILIES.items():
         shown = set(re.findall(r"`([^`]*)`", rows.get(name, "")))
         assert shown == set(family.sites.values()), name
+
+
+@pytest.mark.parametrize(
+    ("purpose", "granularity", "codec"),
+    [
+        ("interpretability", HookGranularity.ATTENTION_ONLY, "lz4"),
+        ("debugging", FULL, "none"),
+        ("performance_analysis", FULL, "zstd"),
+        ("full_capture", FULL, "lz4"),
+    ],
+)
+def test_a_config_is_suggested_by_what_it_is_for(
+    purpose: str, granularity: HookGranularity, codec: str
+) -> None:
+    found = actstore.suggest_config(build("Llama"), purpose)
+    assert (found.granularity, found.compression_algorithm) == (granularity, codec)
+
+
+def test_a_suggestion_is_never_of_a_granularity_that_the_model_does_not_have(log: Path) -> None:
+    model = sequential()
+    config = actstore.suggest_config(model)
+    assert config.granularity is FULL
+    with torch.no_grad(), capturing(model, log, config.granularity):
+        model(torch.ones(2, 8))
+    with pytest.raises(ConfigError, match="purpose must be one of 'interpretability'"):
+        actstore.suggest_config(model, "speed")
+    assert actstore.describe(model).architecture == "unknown"
+    assert actstore.describe(build("Llama")).architecture == "llama"
