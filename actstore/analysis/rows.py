@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -20,7 +20,6 @@ __all__ = ["layer_change", "token_norms", "top_activations"]
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-_MOST_RANKS: Final = 1 << 16
 
 
 def token_norms(
@@ -228,7 +227,7 @@ def top_activations(
     places, labels = _places_of(source, features)
     block, task = source.grid(budget)
     keep = source.keep[number]
-    ranks = min(k, max(int(keep.sum()), 1), _MOST_RANKS)
+    ranks = min(k, max(int(keep.sum()), 1))
     work = later(partial(_top, columns=places, ranks=ranks))
     parts = (
         work(part, keep[task * piece :][:task], block, task * piece)
