@@ -23,6 +23,7 @@ from actstore.errors import ArchiveError, FormatError
 __all__ = [
     "METADATA",
     "PRIVATE",
+    "TEXT_CRC",
     "Array",
     "arrays",
     "attributes_of",
@@ -41,7 +42,7 @@ ESCAPE, TEXT_CRC = "nul_escape", "crc32c"
 
 _MOST_CHUNK: Final = 1 << 30  # bytes: as many as a row of an archive has at most
 _MOST_SHARDS: Final = 1 << 20  # of an array: 64 TiB of values
-_MOST_LIST: Final = 1000  # items of an attribute: HDF5 has room for 64 KiB
+_MOST_LIST: Final = 1000  # items of an attribute
 _INT64: Final = range(-(1 << 63), 1 << 63)
 _TAKEN: Final = frozenset(
     {"CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid", "_Netcdf4Coordinates"}
