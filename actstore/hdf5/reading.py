@@ -206,7 +206,8 @@ class Hdf5Archive:
         if found.filter_mask or not 0 < found.size <= nbytes + nbytes // 64 + coded.SLACK:
             reason = f"it has {found.size} bytes, and filters left out {found.filter_mask:#x}"
             raise self.damaged(array.name, place, reason)
-        data = os.pread(self._raw, found.size, found.byte_offset)
+        where = min(found.byte_offset, os.fstat(self._raw).st_size)
+        data = os.pread(self._raw, found.size, where)
         if len(data) != found.size:
             raise self.damaged(array.name, place, "the file ends within it")
         return data
