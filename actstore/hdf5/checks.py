@@ -160,17 +160,14 @@ def _batches(places: Iterator[Grid]) -> Iterator[list[Grid]]:
 
 def _wanted(archive: Hdf5Archive, array: Array) -> NDArray[np.bool_] | None:
     """Give which chunks hold a row that is there, as the companion says; None: all."""
-    companion = archive.arrays.get(f"{array.name}_present")
-    if companion is None or companion.shape != array.shape[: len(companion.shape)]:
+    companion = array.companion(archive.arrays)
+    if companion is None:
         return None
     try:
         present = archive.part(companion.name, tuple(map(slice, [0] * 9, companion.shape)))
     except ArchiveError:
         return np.zeros(array.grid(), np.bool_)  # the companion's own check says so
-    for axis, part in enumerate(array.cut()[: present.ndim]):
-        present = np.logical_or.reduceat(present, range(0, array.shape[axis], part), axis=axis)
-    found: NDArray[np.bool_] = present
-    return found
+    return array.wanted(present)
 
 
 def _walk(group: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:

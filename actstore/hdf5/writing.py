@@ -195,7 +195,7 @@ class Hdf5Writer:
         if not array.shape:  # HDF5 has no chunks of a single value
             made[()] = store.read_part(self.source, array.name, ()).astype(array.stored)
             return
-        source = _Source(self.source, array)
+        source = _Source(self.source, array, self.arrays)
         pending: deque[tuple[Grid, Future[bytes]]] = deque()
         nbytes = int(np.prod(array.cut(), dtype=np.int64)) * array.dtype.itemsize
 
@@ -300,17 +300,34 @@ def _unverified(array: Array, place: Grid) -> ArchiveError:
 class _Source:
     """What reads the chunks of an archive's array."""
 
-    def __init__(self, folder: Place, array: Array) -> None:
+    def __init__(self, folder: Place, array: Array, others: Mapping[str, Array]) -> None:
         self.array = array
         self._folder = folder
         self._rows = ShardedRows.of(folder / array.name, array.said) if array.sharded else None
         self.axis = 0 if self._rows is None else self._rows.axis
+        self._companion = array.companion(others)
 
     def places(self) -> Iterator[Grid]:
-        """Give the chunks that are there; all, where it can't be told."""
+        """Give the chunks that are there; all, where it can't be told.
+
+        Raises
+        ------
+        ArchiveError
+            One is not there, though its rows are.
+        """
+        wanted: NDArray[np.bool_] | None = None
+        if self._companion is not None:
+            whole = tuple(map(slice, self._companion.shape))
+            wanted = self.array.wanted(store.read_part(self._folder, self._companion.name, whole))
         for place in self.array.places():
             if self._rows is None or self._rows.is_written(*self._at(place)):
                 yield place
+            elif wanted is None or wanted[place[: wanted.ndim]]:
+                msg = (
+                    f"{self._folder}: chunk {place} of {self.array.name!r} is not there, though "
+                    "its rows are; see actstore.verify"
+                )
+                raise ArchiveError(msg)
 
     def chunk(self, place: Grid) -> NDArray[Any]:
         """Read a whole chunk, as HDF5 has it: filled up behind the end of the array."""
