@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from actstore.grouping import group_statistics as group_statistics
     from actstore.importing import import_archive as import_archive
     from actstore.packets import packet_table as packet_table
+    from actstore.reporting.page import explore as explore
+    from actstore.reporting.page import report as report
     from actstore.sharing import About as About
     from actstore.sharing import Privacy as Privacy
     from actstore.sharing import share as share
@@ -59,6 +61,7 @@ _HOMES = {
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
+    "explore": "actstore.reporting.page",
     "export": "actstore.exporting",
     "group_statistics": "actstore.grouping",
     "import_archive": "actstore.importing",
@@ -67,6 +70,7 @@ _HOMES = {
     "packet_table": "actstore.packets",
     "recover": "actstore.stream.recover",
     "remove_added": "actstore.enriching",
+    "report": "actstore.reporting.page",
     "share": "actstore.sharing",
     "suggest_config": "actstore.capture.preview",
     "verify": "actstore.verification",
@@ -89,6 +93,7 @@ __all__ = [
     "compact",
     "describe",
     "estimate",
+    "explore",
     "export",
     "group_statistics",
     "import_archive",
@@ -97,6 +102,7 @@ __all__ = [
     "packet_table",
     "recover",
     "remove_added",
+    "report",
     "share",
     "suggest_config",
     "verify",

@@ -18,11 +18,13 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
+import actstore
 from actstore import hook_names
 from actstore.archive.coordinates import ROW_LABELS, prefix_of
 from actstore.archive.precision import CODING, EXACT, SCALE, Precision
 from actstore.errors import ConfigError
 from actstore.joining import MISSING, as_label, as_table, matches, picked
+from actstore.markup import Page
 
 __all__ = ["ActstoreAccessor", "TokenAxis", "lazy_beneath", "remember_lazy", "token_axes"]
 
@@ -322,6 +324,39 @@ class ActstoreAccessor:
                 parts |= {f"{name}{end}" for end in (SCALE, EXACT, f"{EXACT}_present")}
         parts &= {*map(str, self._dataset.variables)}
         return self._dataset.assign(found).drop_vars(parts)
+
+    def explore(
+        self,
+        *,
+        max_tokens: int = 400,
+        sequence: tuple[int, int] | None = None,
+        max_memory_gb: float = 1.0,
+    ) -> Page:
+        """Show the dataset as a page in a notebook; see `actstore.explore`.
+
+        Parameters
+        ----------
+        max_tokens : int, optional
+            The most tokens that are shown.
+        sequence : (int, int), optional
+            The pass and the batch item with which they begin.
+        max_memory_gb : float, optional
+            What may be held, in 10^9 bytes.
+
+        Returns
+        -------
+        Page
+            Which a notebook shows inline; ``html`` is the page.
+
+        Raises
+        ------
+        ConfigError
+            There is no such sequence, or an option is none.
+        """
+        # by its public name: what makes pages stands above what opens datasets
+        return actstore.explore(
+            self._dataset, max_tokens=max_tokens, sequence=sequence, max_memory_gb=max_memory_gb
+        )
 
     @property
     def layers(self) -> dict[str, str]:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import actstore
+from actstore import markup
 from actstore.archive import jobs, layout, shards, store
 from actstore.archive.coordinates import STRING, Coordinate, Runs, pass_columns, token_columns
 from actstore.archive.jobs import Job, Read, Written
@@ -107,6 +108,23 @@ class CompactionReport:
     def ratio(self) -> float:
         """Raw bytes over stored bytes."""
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
+
+    def _repr_html_(self) -> str:
+        """Give what a notebook shows."""
+        return markup.facts(
+            f"archive {self.path.name}",
+            [
+                *((f"rows of {dim}", count) for dim, count in self.rows.items()),
+                ("variables", self.variables),
+                ("captured", markup.bytes_of(self.raw_bytes)),
+                ("stored", markup.bytes_of(self.stored_bytes)),
+                ("times smaller", self.ratio),
+                ("shards verified", self.shards_verified),
+                ("chunks verified", self.chunks_verified),
+                ("shards of an earlier run", self.shards_resumed),
+                ("seconds", self.seconds),
+            ],
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

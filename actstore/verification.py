@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from actstore import codecs, dtypes, files, hdf5
+from actstore import codecs, dtypes, files, hdf5, markup
 from actstore.archive import store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.zipped import Place, ZipPath
@@ -33,6 +33,7 @@ from actstore.stream.scan import LogFile, Scan, walk
 __all__ = ["Damaged", "Report", "verify"]
 
 _AHEAD: Final = 4  # batches of records whose payloads are read at a time
+_SHOWN: Final = 50  # damaged places, in a notebook
 _BATCH_BYTES: Final = 8 << 20
 
 
@@ -93,6 +94,25 @@ class Report:
     def ok(self) -> bool:
         """Whether nothing is damaged."""
         return not self.damage
+
+    def _repr_html_(self) -> str:
+        """Give what a notebook shows."""
+        told = markup.facts(
+            f"{self.kind} {self.path.name}",
+            [
+                ("intact", self.ok),
+                ("closed cleanly", self.complete),
+                ("read", markup.bytes_of(self.bytes)),
+                *self.checked.items(),
+                ("damaged places", len(self.damage)),
+            ],
+        )
+        rows = [
+            (one.where, one.offset if one.offset >= 0 else None, one.reason)
+            for one in self.damage[:_SHOWN]
+        ]
+        damage = markup.table("What is damaged", ("where", "byte", "why"), rows)
+        return told + (damage if rows else "")
 
 
 def verify(

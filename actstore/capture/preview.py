@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from actstore import codecs
+from actstore import codecs, markup
 from actstore.capture.select import Target, find_stacks, fused_experts, select, unwrap
 from actstore.capture.session import Capture, Instrumented, Options
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
@@ -62,6 +62,25 @@ class Description:
     sites: Mapping[str, str]
     fused: tuple[str, ...]
     attention: str | None
+
+    def _repr_html_(self) -> str:
+        """Give what a notebook shows."""
+        told = markup.facts(
+            self.model,
+            [
+                ("architecture", self.architecture),
+                ("blocks", dict(self.stacks)),
+                ("attention", self.attention),
+                ("experts fused in one tensor", self.fused[:_NAMED]),
+                *((f"layers of {name}", len(names)) for name, names in self.layers.items()),
+            ],
+        )
+        rows = [
+            (site, pattern or "(the model)",
+             *(sum(_matches(name, pattern) for name in names) for names in self.layers.values()))
+            for site, pattern in self.sites.items()
+        ]  # fmt: skip
+        return told + markup.table("Sites", ("site", "module", *self.layers), rows)
 
     def __str__(self) -> str:
         """Give the table."""
@@ -124,6 +143,24 @@ class Estimate:
         codecs.check_name(codec)
         raw = self.bytes_per_token * tokens + self.bytes_per_pass * passes
         return raw / self.ratios[codec]
+
+    def _repr_html_(self) -> str:
+        """Give what a notebook shows."""
+        told = markup.facts(
+            "What a capture would write",
+            [
+                ("layers", self.layers),
+                ("packets a pass", self.packets_per_pass),
+                ("bytes a token", _size(self.bytes_per_token)),
+                ("bytes a pass, beside", _size(self.bytes_per_pass)),
+            ],
+        )
+        heads = ("tokens", *(f"{name} ({ratio:.2f}x)" for name, ratio in self.ratios.items()))
+        rows = [
+            (tokens, *(_size(self.bytes(tokens, name)) for name in self.ratios))
+            for tokens in (1_000, 1_000_000, 1_000_000_000)
+        ]
+        return told + markup.table("By codec", heads, rows)
 
     def __str__(self) -> str:
         """Give the table."""

@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore import codecs, dtypes, files, hook_names
+from actstore import codecs, dtypes, files, hook_names, markup
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
 from actstore.packet import LayerInfo, Packet, PassInfo, TokenRecord
 from actstore.stream import table
@@ -46,6 +46,7 @@ CACHE_BYTES: Final = 128 << 20
 _NOTHING: Final = np.zeros(0, np.uint8)
 _CODEC_DIGITS: Final = 3  # a codec's id is one byte
 _POLL_SECONDS: Final = 0.1
+_SHOWN: Final = 50  # layers, in a notebook
 _IDLE_SECONDS: Final = 1.0  # without growth, before the writer's lock is asked for
 _ENCODED: Final = BLOCK_LIMIT + (1 << 16)  # bytes that a block's encoded ones can't exceed
 _BARE: Final = (Opcode.LAYER, Opcode.TOKEN, Opcode.TEXT)
@@ -183,6 +184,28 @@ class StreamReader:
             f"{len(self.layers)} layers in {len(self._passes)} passes, {len(self.tokens)} tokens, "
             f"{state}>"
         )
+
+    def _repr_html_(self) -> str:
+        """Give what a notebook shows."""
+        told = markup.facts(
+            self.path.name,
+            [
+                ("complete", self.complete),
+                ("packets", self.packet_count),
+                ("layers", len(self.layers)),
+                ("passes", len(self._passes)),
+                ("recorded tokens", len(self.tokens)),
+                ("file", markup.bytes_of(self.file_bytes)),
+            ],
+        )
+        columns = ("layer", "site", "block")
+        rows = [
+            (name, one.site, one.block if one.block >= 0 else None)
+            for name, one in list(self.layers.items())[:_SHOWN]
+        ]
+        more = len(self.layers) - len(rows)
+        caption = f"Layers, and {more:,} more" if more else "Layers"
+        return told + markup.table(caption, columns, rows)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -1,0 +1,10 @@
+"""Owns the page of a run: one HTML file that needs no network, of a log, an archive or a dataset.
+
+``data`` says what is on it, ``values`` reads what it shows of the activations, ``page`` writes it.
+"""
+
+from __future__ import annotations
+
+from actstore.reporting.page import Page, explore, report
+
+__all__ = ["Page", "explore", "report"]
