@@ -183,6 +183,10 @@ def _of_runs(runs: Sequence[Any]) -> dict[str, Any]:
             identities = model_identity(run)
         except (TypeError, AttributeError, ValueError):  # a header of another tool
             identities = []
+        for one in identities:  # where on a disk it was is nobody's business
+            if isinstance(one["name"], str):
+                one["name"] = one["name"].rstrip("/").rpartition("/")[2] if _is_place(
+                    one["name"]) else one["name"]
         models += [one for one in identities if one not in models]
         capture, writer = _mapping(run.get("capture")), _mapping(run.get("writer"))
         told = {"run": run.get("run_id"), "begun": run.get("created"), "rank": run.get("rank")}
@@ -193,6 +197,10 @@ def _of_runs(runs: Sequence[Any]) -> dict[str, Any]:
         "captures": captures,
         "runs": len(runs),
     }
+
+
+def _is_place(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name[1:2] == ":"
 
 
 def _of_analysis(analysis: Mapping[str, Any]) -> dict[str, Any]:

@@ -240,7 +240,8 @@ def _lead(said: Mapping[str, Any]) -> str:
     names = [str(one.get("name") or one.get("class") or "") for one in said["models"]]
     models = ", ".join(one for one in names[:3] if one)
     of = f" of {models}" if models else ""
-    words = f"{source['kind'].capitalize()}{of}"
+    kind = source["kind"]
+    words = f"{kind[0].upper()}{kind[1:]}{of}"
     return f'<p class="lead">{escape(words)}</p><dl class="figures">{cells}</dl>'
 
 
