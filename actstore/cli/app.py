@@ -1,0 +1,437 @@
+"""Owns the commands: what each takes, which function of the library it calls, how it ends."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from actstore.cli.output import DAMAGED, FAILED, INTERRUPTED, Output, again
+from actstore.config import HookGranularity
+from actstore.errors import ActstoreError
+
+__all__ = ["app"]
+
+_HELP = """Capture, archive, check and look at language-model activations.
+
+A log (run.stream) is what a capture writes and a crash can't take; an archive (run.zarr) is what a
+log becomes, for xarray and others. Every command takes --json: one JSON document on stdout, and
+progress on stderr.
+
+Exit codes: 0 done; 1 something is damaged or incomplete; 2 wrong usage; 3 an error, as told on
+stderr; 130 interrupted, with nothing left half-done.
+
+Completion: actstore --install-completion.
+"""
+
+app = typer.Typer(
+    name="actstore",
+    help=_HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+
+_OPTIONS = {
+    "json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages.")],
+    "debug": Annotated[bool, typer.Option("--debug", help="Tracebacks of errors.")],
+}
+
+
+def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command: give it the options that all have, and let errors be exit codes."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            out = Output(**{name: given.pop(name) for name in _OPTIONS})
+            with out.warnings():
+                try:
+                    function(out, **given)
+                except KeyboardInterrupt as error:
+                    out.say(f"interrupted: {error}" if str(error) else "interrupted")
+                    raise typer.Exit(INTERRUPTED) from None
+                except ActstoreError as error:
+                    out.error(error)
+                    raise typer.Exit(FAILED) from None
+                except BrokenPipeError:
+                    raise
+                except OSError as error:
+                    out.error(error)
+                    raise typer.Exit(FAILED) from None
+
+        hints = get_type_hints(function, include_extras=True)
+        kept = list(inspect.signature(function).parameters.values())[1:]
+        mine = [one.replace(annotation=hints[one.name]) for one in kept]
+        common = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind
+            )
+            for name, kind in _OPTIONS.items()
+        ]
+        run.__signature__ = inspect.Signature([*mine, *common])  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in [*mine, *common]}
+        shown = "\n\n".join(f"    $ {one}" for one in examples)
+        app.command(name, epilog=f"Examples:\n\n{shown}")(run)
+        return function
+
+    return register
+
+
+class Dtype(Enum):
+    """What a model is loaded in."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Codec(Enum):
+    """A log's codec."""
+
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+    NONE = "none"
+
+
+class Profile(Enum):
+    """An archive's profile."""
+
+    BALANCED = "balanced"
+    FAST = "fast"
+    DENSE = "dense"
+    NONE = "none"
+
+
+class Order(Enum):
+    """What layers are sorted by."""
+
+    NAME = "name"
+    PACKETS = "packets"
+    BYTES = "bytes"
+    RATIO = "ratio"
+
+
+File = Annotated[Path, typer.Argument(metavar="PATH", help="A log or an archive.")]
+Logs = Annotated[list[Path], typer.Argument(metavar="LOG...", help="Logs, in their order.")]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option("--layers", metavar="GLOB", help="Layers or sites; may be given again."),
+]
+Memory = Annotated[float, typer.Option(metavar="GB", help="Memory, at most.")]
+Workers = Annotated[int, typer.Option(help="Threads.")]
+Precisions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[SITE=]HOW",
+        help="Keep less of floats: nmse=2e-4, relative=0.01, mse=1e-3, int8, bfloat16, float16; "
+        "of all, or of a site (resid=nmse=2e-5); may be given again.",
+    ),
+]
+
+
+# -- capture --------------------------------------------------------------------------------------
+
+
+@command(
+    "capture",
+    "actstore capture examples/tiny-llama run.stream --prompt 'The elements of a set'",
+    "actstore capture examples/tiny-llama gen.stream --prompt 'A set' --generate 8",
+)
+def capture(
+    out: Output,
+    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face hub.")],
+    log: Annotated[Path, typer.Argument(metavar="OUT", help="The log, such as run.stream.")],
+    text: Annotated[
+        typer.FileText | None, typer.Option(help="A file with a text a line; - is stdin.")
+    ] = None,
+    jsonl: Annotated[
+        typer.FileText | None, typer.Option(help="A file with a JSON object a line; or -.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="The objects' text.")] = "text",
+    id_field: Annotated[
+        str | None, typer.Option(help="The objects' id; else the line's number.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text itself; may be given again.")
+    ] = None,
+    generate: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Generate so many tokens after each text.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts a pass, if none generates.")] = 1,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a text, at most; by default the model's.")
+    ] = None,
+    granularity: Annotated[
+        HookGranularity, typer.Option(help="What is captured.")
+    ] = HookGranularity.FULL_TENSOR,
+    layers: Layers = None,
+    rows: Annotated[
+        str | None, typer.Option(help="last, generated, or a slice such as -8: (all else).")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Load the model in.")] = Dtype.AUTO,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU if there is one.")] = None,
+    compression: Annotated[Codec, typer.Option(help="The log's codec.")] = Codec.ZSTD,
+    max_memory_gb: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory; a quarter of the host's.")
+    ] = None,
+    checkpoint_tokens: Annotated[
+        int, typer.Option(min=1, help="Generated tokens between checkpoints.")
+    ] = 64,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an earlier capture left.")
+    ] = False,
+    archive: Annotated[
+        Path | None, typer.Option("--compact", metavar="OUT", help="And make this archive of it.")
+    ] = None,
+    precision: Precisions = None,
+) -> None:
+    """Run a model over texts, and capture what its modules return.
+
+    Each row is labelled with the id of its text, sample_id. Ctrl-C ends after the pass that runs;
+    the log is whole then, and --resume goes on. A log that is there is moved aside.
+    """
+    from actstore.cli import capturing
+
+    wanted = capturing.Wanted(
+        model, log, capturing.texts(text, jsonl, field, id_field, prompt),
+        granularity, layers, rows, dtype.value, device, compression.value, max_memory_gb,
+        generate, batch_size, max_length, checkpoint_tokens, resume, archive, precision,
+    )  # fmt: skip
+    capturing.run(out, wanted)
+
+
+# -- looking --------------------------------------------------------------------------------------
+
+
+@command("info", "actstore info run.stream", "actstore info run.stream --json")
+def info(out: Output, path: File) -> None:
+    """Say what a log or an archive is: model, run, rows, bytes, errors, provenance."""
+    from actstore.cli import screens
+    from actstore.overview import Overview
+
+    found = Overview.of(path)
+    document = {
+        **{name: getattr(found, name) for name in found.__slots__ if name != "per_layer"},
+        "ratio": found.ratio,
+        "layers": len(found.per_layer),
+    }
+    out.result(document, lambda _: screens.overview_screen(found))
+
+
+@command(
+    "ls", "actstore ls run.stream", "actstore ls run.stream --layers '*.mlp' --all --sort bytes"
+)
+def ls(
+    out: Output,
+    path: File,
+    layers: Layers = None,
+    every: Annotated[bool, typer.Option("--all", help="Each layer, not each site.")] = False,
+    sort: Annotated[Order | None, typer.Option(help="Largest first; else as captured.")] = None,
+) -> None:
+    """List layers: a line for each site, {0..31} being the index of its block."""
+    from actstore.cli import screens
+    from actstore.overview import Overview, layer_lines, site_lines
+
+    order = sort.value if sort else None
+    found = layer_lines(Overview.of(path).per_layer, layers or (), order)
+    shown = found if every else site_lines(found, order)
+    out.result({"path": path, "layers": [_line(one) for one in shown]},
+               lambda console: screens.layers_screen(console, shown, sites=not every))  # fmt: skip
+
+
+def _line(one: Any) -> dict[str, Any]:
+    from actstore.cli.output import plain
+
+    return {**plain(one), "ratio": one.ratio}
+
+
+@command(
+    "tokens",
+    "actstore tokens run.stream --limit 5",
+    "actstore tokens gen.stream --generated",
+    "actstore tokens run.stream --find elements",
+)
+def tokens(
+    out: Output,
+    path: File,
+    find: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Rows of this token, or of it behind a space."),
+    ] = None,
+    generated: Annotated[
+        bool, typer.Option("--generated", help="Recorded tokens, not rows.")
+    ] = False,
+    limit: Annotated[int, typer.Option(min=0, help="Lines at most; 0 is all.")] = 40,
+    dim: Annotated[str | None, typer.Option(help="The token axis, where there are two.")] = None,
+) -> None:
+    """Show the labels of the rows: token, pass, position, step, and annotations."""
+    from actstore.cli import looking
+
+    looking.tokens(out, path, find or [], generated=generated, limit=limit, dim=dim)
+
+
+@command("stats", "actstore stats run.zarr", "actstore stats run.zarr --variable resid --each")
+def stats(
+    out: Output,
+    path: File,
+    variable: Annotated[
+        list[str] | None, typer.Option(help="A variable; may be given again.")
+    ] = None,
+    each: Annotated[bool, typer.Option("--each", help="Each layer, not each variable.")] = False,
+    workers: Workers = 2,
+    max_memory_gb: Memory = 1.0,
+) -> None:
+    """Read all values once: mean, spread, extremes, zeros, and what is not finite."""
+    from actstore.cli import looking
+
+    looking.stats(out, path, variable, each=each, workers=workers, max_memory_gb=max_memory_gb)
+
+
+@command(
+    "verify", "actstore verify run.stream", "actstore verify run.zarr --against run.stream"
+)
+def verify(
+    out: Output,
+    path: File,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="LOG", help="Compare an archive with its logs, in their order."),
+    ] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode a log's blocks, too.")] = False,
+) -> None:
+    """Check every checksum. Exit code 1: damaged, or a log that was not closed."""
+    import actstore
+    from actstore.cli import screens
+
+    with out.progress(f"verify {path.name}") as progress:
+        found = actstore.verify(path, decode=decode, against=against or None)
+        del progress
+    out.result(
+        {"ok": found.ok, **_line_of(found)}, lambda console: screens.verified(console, found)
+    )
+    if not (found.ok and found.complete):
+        raise typer.Exit(DAMAGED)
+
+
+def _line_of(found: Any) -> dict[str, Any]:
+    from actstore.cli.output import plain
+
+    said: dict[str, Any] = plain(found)
+    return said
+
+
+# -- making ---------------------------------------------------------------------------------------
+
+
+@command("recover", "actstore recover run.stream", "actstore recover run.stream whole.stream")
+def recover(
+    out: Output,
+    path: Annotated[Path, typer.Argument(metavar="LOG", help="A torn or damaged log.")],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="By default run.recovered.stream.")
+    ] = None,
+) -> None:
+    """Make a whole log of what is intact in a damaged one. Exit code 1: something is lost."""
+    import actstore
+    from actstore.cli import screens
+
+    found = actstore.recover(path, target)
+    out.result({"whole": found.whole, **_line_of(found)}, lambda _: screens.recovered(found))
+    if not found.whole:
+        raise typer.Exit(DAMAGED)
+
+
+@command(
+    "compact",
+    "actstore compact run.stream run.zarr",
+    "actstore compact run.stream small.zarr --precision nmse=2e-4 --precision logits=bfloat16",
+)
+def compact(
+    out: Output,
+    logs: Logs,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The archive: run.zarr.")],
+    profile: Annotated[Profile, typer.Option(help="Of its chunks, lossless.")] = Profile.BALANCED,
+    precision: Precisions = None,
+    workers: Workers = 2,
+    max_memory_gb: Memory = 1.0,
+    remove_logs: Annotated[
+        bool, typer.Option("--remove-logs", help="Remove them when it is verified and durable.")
+    ] = False,
+) -> None:
+    """Make an archive of logs; interrupted, the same command goes on where it was."""
+    import actstore
+    from actstore.cli import capturing, screens
+
+    with capturing.going_on(f"{target} is not there yet; the same command goes on"), out.progress(
+        f"compact {target.name}"
+    ) as progress:
+        found = actstore.compact(
+            logs[0] if len(logs) == 1 else logs,
+            target,
+            profile=profile.value,
+            precision=capturing.precisions(precision),
+            workers=workers,
+            max_memory_gb=max_memory_gb,
+            remove_logs=remove_logs,
+            progress=progress,
+        )
+    out.result({**_line_of(found), "ratio": found.ratio}, lambda _: screens.compacted(found))
+
+
+@command("append", "actstore append later.stream run.zarr")
+def append(
+    out: Output,
+    logs: Logs,
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="It has their rows, too.")],
+    workers: Workers = 2,
+    max_memory_gb: Memory = 1.0,
+) -> None:
+    """Bring later logs of the same model into an archive."""
+    import actstore
+    from actstore.cli import capturing, screens
+
+    with capturing.going_on(f"{archive} is as it was; the same command goes on"), out.progress(
+        f"append to {archive.name}"
+    ) as progress:
+        found = actstore.append(
+            logs, archive, workers=workers, max_memory_gb=max_memory_gb, progress=progress
+        )
+    out.result({**_line_of(found), "ratio": found.ratio}, lambda _: screens.compacted(found))
+
+
+@command("bench", "actstore bench --megabytes 64")
+def bench(
+    out: Output,
+    megabytes: Annotated[int, typer.Option(min=1, help="Of values.")] = 256,
+    folder: Annotated[Path | None, typer.Option(help="On the disk that is meant.")] = None,
+    compression: Annotated[Codec, typer.Option(help="The log's codec.")] = Codec.ZSTD,
+) -> None:
+    """Measure this machine: capture, compact, verify and read values like activations."""
+    from actstore.bench import measure
+    from actstore.cli import screens
+
+    with out.progress("bench", "steps") as progress:
+        found = measure(megabytes, folder, compression=compression.value, progress=progress)
+    out.result(found, lambda console: screens.measured(console, found))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Say the version.")] = False,
+) -> None:
+    if version:
+        import actstore
+
+        sys.stdout.write(f"actstore {actstore.__version__}\n")
+        raise typer.Exit
+    _ = again
