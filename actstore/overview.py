@@ -294,7 +294,7 @@ def _patterns(one: LayerLine) -> list[str]:
 def _span(blocks: Sequence[int]) -> str:
     if blocks[-1] - blocks[0] == len(blocks) - 1:
         return f"{{{blocks[0]}..{blocks[-1]}}}"
-    if len(blocks) <= 4:  # noqa: PLR2004 - few enough to be told
+    if len(blocks) <= 4:
         return f"{{{','.join(map(str, blocks))}}}"
     return f"{{{blocks[0]},{blocks[1]},…,{blocks[-1]}}}"
 

@@ -34,9 +34,7 @@ class Sample:
 def of_lines(lines: Iterable[str]) -> list[Sample]:
     """Make a sample of each line that is not blank."""
     return [
-        Sample(number, line.rstrip("\r\n"))
-        for number, line in enumerate(lines, 1)
-        if line.strip()
+        Sample(number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip()
     ]
 
 

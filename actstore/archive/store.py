@@ -1,6 +1,7 @@
 """Owns the Zarr store on disk: its metadata, its small arrays, and how it is opened.
 
-The one importer of zarr. The bytes of large arrays are ``shards.py``'s; whether they are intact,
+The one importer of zarr, when arrays are opened or made: what an archive says of itself is read
+without. The bytes of large arrays are ``shards.py``'s; whether they are intact,
 ``checks.py``'s.
 """
 
@@ -10,20 +11,20 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import crc32c as castagnoli
 import numpy as np
-import xarray as xr
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actstore import files
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import GROUPS, plain_json
 from actstore.archive.shards import codec_metadata
 from actstore.errors import ArchiveError, FormatError, UnsupportedVersionError
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = [
     "FORMAT",
@@ -93,6 +94,9 @@ class ArchiveWriter:
 
     def add_small(self, coordinate: Coordinate, group: str = "") -> None:
         """Write a small array, whole; every chunk is there and has a checksum."""
+        import zarr
+        from zarr.codecs import BloscCodec, Crc32cCodec
+
         values = coordinate.values
         text = values.dtype == STRING
         size = 1 if text else values.itemsize
@@ -275,6 +279,8 @@ def check_identity(path: Path) -> None:
 
 def open_xarray(path: Path, group: str = "") -> xr.Dataset:
     """Open an archive, or a group of it, lazily, without dask."""
+    import xarray as xr
+
     dataset: xr.Dataset = xr.open_zarr(
         path, group=group or None, chunks=None, consolidated=not group, zarr_format=3
     )
@@ -289,6 +295,8 @@ def arrays_of(root: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def read_rows(folder: Path, name: str, place: tuple[int, ...], first: int, last: int) -> Any:
     """Read rows of an array by zarr-python: a decoder that is not ours."""
+    import zarr
+
     array: Any = zarr.open_array(folder / name, mode="r", zarr_format=3)
     found: NDArray[Any] = np.asarray(array[(*place, slice(first, last))])
     if found.shape[0] != last - first:
@@ -299,5 +307,7 @@ def read_rows(folder: Path, name: str, place: tuple[int, ...], first: int, last:
 
 def read_part(folder: Path, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
     """Read a part of an array."""
+    import zarr
+
     array: Any = zarr.open_array(folder / name, mode="r", zarr_format=3)
     return np.asarray(array[part])

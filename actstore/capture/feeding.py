@@ -141,8 +141,9 @@ def load(
     except ImportError as error:
         msg = "a model by its name wants transformers: pip install 'actstore[demo]'"
         raise ConfigError(msg) from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if dtype not in _DTYPES:
         msg = f"dtype must be one of {', '.join(map(repr, _DTYPES))}; got {dtype!r}"
         raise ConfigError(msg)
@@ -188,7 +189,7 @@ def logs_of(log: Path) -> list[Path]:
     return found
 
 
-def feed(  # noqa: PLR0913 - each is its own matter
+def feed(
     framework: Framework,
     loaded: Loaded,
     samples: Sequence[Sample],
@@ -268,7 +269,7 @@ def _ids(loaded: Loaded, sample: Sample, how: How, fed: Fed) -> list[int]:
 # -- prefill ------------------------------------------------------------------------------------
 
 
-def _prefill(  # noqa: PLR0913
+def _prefill(
     framework: Framework,
     loaded: Loaded,
     samples: Sequence[Sample],

@@ -1,4 +1,4 @@
-"""Owns a model that computes nothing: its layers return values like activations, for benchmarks."""
+"""Owns a model that computes nothing: its layers return values that were drawn."""
 
 from __future__ import annotations
 

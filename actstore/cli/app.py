@@ -40,9 +40,13 @@ app = typer.Typer(
 )
 
 _OPTIONS = {
-    "json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")],
-    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages.")],
-    "debug": Annotated[bool, typer.Option("--debug", help="Tracebacks of errors.")],
+    "json": Annotated[
+        bool, typer.Option("--json", metavar="", help="One JSON document on stdout.")
+    ],
+    "quiet": Annotated[
+        bool, typer.Option("--quiet", "-q", metavar="", help="No progress, no messages.")
+    ],
+    "debug": Annotated[bool, typer.Option("--debug", metavar="", help="Tracebacks of errors.")],
 }
 
 
@@ -72,9 +76,7 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Callab
         kept = list(inspect.signature(function).parameters.values())[1:]
         mine = [one.replace(annotation=hints[one.name]) for one in kept]
         common = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind
-            )
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
             for name, kind in _OPTIONS.items()
         ]
         run.__signature__ = inspect.Signature([*mine, *common])  # type: ignore[attr-defined]
@@ -128,7 +130,7 @@ Layers = Annotated[
     typer.Option("--layers", metavar="GLOB", help="Layers or sites; may be given again."),
 ]
 Memory = Annotated[float, typer.Option(metavar="GB", help="Memory, at most.")]
-Workers = Annotated[int, typer.Option(help="Threads.")]
+Workers = Annotated[int, typer.Option(metavar="N", help="Threads.")]
 Precisions = Annotated[
     list[str] | None,
     typer.Option(
@@ -144,54 +146,72 @@ Precisions = Annotated[
 
 @command(
     "capture",
-    "actstore capture examples/tiny-llama run.stream --prompt 'The elements of a set'",
-    "actstore capture examples/tiny-llama gen.stream --prompt 'A set' --generate 8",
+    "actstore capture examples/tiny-llama run.stream --prompt 'A set of'",
+    "actstore capture examples/tiny-llama gen.stream --prompt Sets --generate 8",
 )
-def capture(
+def capture(  # noqa: PLR0913 - options of a command, each by its name
     out: Output,
+    *,
     model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face hub.")],
     log: Annotated[Path, typer.Argument(metavar="OUT", help="The log, such as run.stream.")],
     text: Annotated[
-        typer.FileText | None, typer.Option(help="A file with a text a line; - is stdin.")
+        typer.FileText | None,
+        typer.Option(metavar="FILE", help="A file with a text a line; - is stdin."),
     ] = None,
     jsonl: Annotated[
-        typer.FileText | None, typer.Option(help="A file with a JSON object a line; or -.")
+        typer.FileText | None,
+        typer.Option(metavar="FILE", help="A file with a JSON object a line; or -."),
     ] = None,
-    field: Annotated[str, typer.Option(help="The objects' text.")] = "text",
+    field: Annotated[str, typer.Option(metavar="NAME", help="The objects' text.")] = "text",
     id_field: Annotated[
-        str | None, typer.Option(help="The objects' id; else the line's number.")
+        str | None, typer.Option(metavar="NAME", help="Their id; else the line's number.")
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A text itself; may be given again.")
+        list[str] | None, typer.Option(metavar="TEXT", help="A text itself; may be given again.")
     ] = None,
     generate: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Generate so many tokens after each text.")
+        int, typer.Option(metavar="N", min=0, help="Tokens to generate after each text.")
     ] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a pass, if none generates.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Texts a pass, if none generates.")
+    ] = 1,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a text, at most; by default the model's.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Tokens of a text, at most; else as the model."),
     ] = None,
     granularity: Annotated[
-        HookGranularity, typer.Option(help="What is captured.")
+        HookGranularity,
+        typer.Option(
+            metavar="KIND",
+            help="full_tensor: all modules; sampled_slices: some features of them; "
+            "attention_only, mlp_only: one module a block.",
+        ),
     ] = HookGranularity.FULL_TENSOR,
     layers: Layers = None,
     rows: Annotated[
-        str | None, typer.Option(help="last, generated, or a slice such as -8: (all else).")
+        str | None,
+        typer.Option(metavar="ROWS", help="last, generated, or a slice such as -8: (else all)."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Load the model in.")] = Dtype.AUTO,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU if there is one.")] = None,
-    compression: Annotated[Codec, typer.Option(help="The log's codec.")] = Codec.ZSTD,
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="NAME", help="bfloat16, float16, float32.")
+    ] = Dtype.AUTO,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, …; a GPU if there is one.")
+    ] = None,
+    compression: Annotated[
+        Codec, typer.Option(metavar="NAME", help="The log's: lz4, zstd, none.")
+    ] = Codec.ZSTD,
     max_memory_gb: Annotated[
         float | None, typer.Option(metavar="GB", help="Memory; a quarter of the host's.")
     ] = None,
     checkpoint_tokens: Annotated[
-        int, typer.Option(min=1, help="Generated tokens between checkpoints.")
+        int, typer.Option(metavar="N", min=1, help="Tokens between checkpoints.")
     ] = 64,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what an earlier capture left.")
+        bool, typer.Option("--resume", metavar="", help="Go on with what an earlier capture left.")
     ] = False,
     archive: Annotated[
-        Path | None, typer.Option("--compact", metavar="OUT", help="And make this archive of it.")
+        Path | None, typer.Option("--compact", metavar="OUT", help="Make an archive of it, too.")
     ] = None,
     precision: Precisions = None,
 ) -> None:
@@ -235,8 +255,13 @@ def ls(
     out: Output,
     path: File,
     layers: Layers = None,
-    every: Annotated[bool, typer.Option("--all", help="Each layer, not each site.")] = False,
-    sort: Annotated[Order | None, typer.Option(help="Largest first; else as captured.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", metavar="", help="Each layer, not each site.")
+    ] = False,
+    sort: Annotated[
+        Order | None,
+        typer.Option(metavar="BY", help="name, packets, bytes, ratio; else as captured."),
+    ] = None,
 ) -> None:
     """List layers: a line for each site, {0..31} being the index of its block."""
     from actstore.cli import screens
@@ -269,10 +294,12 @@ def tokens(
         typer.Option(metavar="TEXT", help="Rows of this token, or of it behind a space."),
     ] = None,
     generated: Annotated[
-        bool, typer.Option("--generated", help="Recorded tokens, not rows.")
+        bool, typer.Option("--generated", metavar="", help="Recorded tokens, not rows.")
     ] = False,
-    limit: Annotated[int, typer.Option(min=0, help="Lines at most; 0 is all.")] = 40,
-    dim: Annotated[str | None, typer.Option(help="The token axis, where there are two.")] = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=0, help="Lines at most; 0 is all.")] = 40,
+    dim: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The token axis, where there are two.")
+    ] = None,
 ) -> None:
     """Show the labels of the rows: token, pass, position, step, and annotations."""
     from actstore.cli import looking
@@ -285,9 +312,11 @@ def stats(
     out: Output,
     path: File,
     variable: Annotated[
-        list[str] | None, typer.Option(help="A variable; may be given again.")
+        list[str] | None, typer.Option(metavar="NAME", help="May be given again.")
     ] = None,
-    each: Annotated[bool, typer.Option("--each", help="Each layer, not each variable.")] = False,
+    each: Annotated[
+        bool, typer.Option("--each", metavar="", help="Each layer, not each variable.")
+    ] = False,
     workers: Workers = 2,
     max_memory_gb: Memory = 1.0,
 ) -> None:
@@ -297,9 +326,7 @@ def stats(
     looking.stats(out, path, variable, each=each, workers=workers, max_memory_gb=max_memory_gb)
 
 
-@command(
-    "verify", "actstore verify run.stream", "actstore verify run.zarr --against run.stream"
-)
+@command("verify", "actstore verify run.stream", "actstore verify run.zarr --against run.stream")
 def verify(
     out: Output,
     path: File,
@@ -307,7 +334,9 @@ def verify(
         list[Path] | None,
         typer.Option(metavar="LOG", help="Compare an archive with its logs, in their order."),
     ] = None,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode a log's blocks, too.")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", metavar="", help="Decode a log's blocks, too.")
+    ] = False,
 ) -> None:
     """Check every checksum. Exit code 1: damaged, or a log that was not closed."""
     import actstore
@@ -354,27 +383,34 @@ def recover(
 @command(
     "compact",
     "actstore compact run.stream run.zarr",
-    "actstore compact run.stream small.zarr --precision nmse=2e-4 --precision logits=bfloat16",
+    "actstore compact run.stream small.zarr --precision nmse=2e-4",
 )
 def compact(
     out: Output,
     logs: Logs,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The archive: run.zarr.")],
-    profile: Annotated[Profile, typer.Option(help="Of its chunks, lossless.")] = Profile.BALANCED,
+    profile: Annotated[
+        Profile,
+        typer.Option(metavar="NAME", help="balanced, fast, dense or none; all are lossless."),
+    ] = Profile.BALANCED,
     precision: Precisions = None,
     workers: Workers = 2,
     max_memory_gb: Memory = 1.0,
     remove_logs: Annotated[
-        bool, typer.Option("--remove-logs", help="Remove them when it is verified and durable.")
+        bool,
+        typer.Option(
+            "--remove-logs", metavar="", help="Remove them when it is verified and durable."
+        ),
     ] = False,
 ) -> None:
     """Make an archive of logs; interrupted, the same command goes on where it was."""
     import actstore
     from actstore.cli import capturing, screens
 
-    with capturing.going_on(f"{target} is not there yet; the same command goes on"), out.progress(
-        f"compact {target.name}"
-    ) as progress:
+    with (
+        capturing.going_on(f"{target} is not there yet; the same command goes on"),
+        out.progress(f"compact {target.name}") as progress,
+    ):
         found = actstore.compact(
             logs[0] if len(logs) == 1 else logs,
             target,
@@ -400,9 +436,10 @@ def append(
     import actstore
     from actstore.cli import capturing, screens
 
-    with capturing.going_on(f"{archive} is as it was; the same command goes on"), out.progress(
-        f"append to {archive.name}"
-    ) as progress:
+    with (
+        capturing.going_on(f"{archive} is as it was; the same command goes on"),
+        out.progress(f"append to {archive.name}") as progress,
+    ):
         found = actstore.append(
             logs, archive, workers=workers, max_memory_gb=max_memory_gb, progress=progress
         )
@@ -412,9 +449,13 @@ def append(
 @command("bench", "actstore bench --megabytes 64")
 def bench(
     out: Output,
-    megabytes: Annotated[int, typer.Option(min=1, help="Of values.")] = 256,
-    folder: Annotated[Path | None, typer.Option(help="On the disk that is meant.")] = None,
-    compression: Annotated[Codec, typer.Option(help="The log's codec.")] = Codec.ZSTD,
+    megabytes: Annotated[int, typer.Option(metavar="MB", min=1, help="Of values.")] = 256,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="On the disk that is meant.")
+    ] = None,
+    compression: Annotated[
+        Codec, typer.Option(metavar="NAME", help="The log's: lz4, zstd, none.")
+    ] = Codec.ZSTD,
 ) -> None:
     """Measure this machine: capture, compact, verify and read values like activations."""
     from actstore.bench import measure
@@ -427,7 +468,9 @@ def bench(
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="Say the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Say the version.")
+    ] = False,
 ) -> None:
     if version:
         import actstore

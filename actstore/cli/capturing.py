@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import typer
 
 from actstore import samples
 from actstore.cli.output import Output, Progress, again
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
-from actstore.errors import ConfigError
+from actstore.errors import ConfigError, FormatError
+
+_SLICE: Final = re.compile(r"(-?\d+)?:(-?\d+)?(:-?[1-9]\d*)?")
 
 __all__ = ["Wanted", "going_on", "precisions", "run", "texts"]
 
@@ -51,10 +54,14 @@ def texts(
     if len(given) != 1:
         msg = "give the texts by one of --text, --jsonl and --prompt"
         raise typer.BadParameter(msg)
-    if text is not None:
-        return samples.of_lines(text)
-    if jsonl is not None:
-        return samples.of_jsonl(jsonl, field, id_field, jsonl.name)
+    try:
+        if text is not None:
+            return samples.of_lines(text)
+        if jsonl is not None:
+            return samples.of_jsonl(jsonl, field, id_field, jsonl.name)
+    except UnicodeDecodeError as error:
+        msg = f"the texts are no UTF-8: {error}"
+        raise FormatError(msg) from error
     return samples.of_lines(prompts or ())
 
 
@@ -215,11 +222,7 @@ def _compact(out: Output, wanted: Wanted, fed: Any, precision: Any) -> Any:
 def _rows(given: str | None) -> Any:
     if given is None or given in ("last", "generated"):
         return given
-    try:
-        parts = [int(one) if one.strip() else None for one in given.split(":")]
-        if len(parts) not in (2, 3):
-            raise ValueError
-    except ValueError:
+    if _SLICE.fullmatch(given) is None:
         msg = f"rows are 'last', 'generated', or a slice such as '-8:'; got {given!r}"
-        raise typer.BadParameter(msg, param_hint="--rows") from None
-    return slice(*parts)
+        raise typer.BadParameter(msg, param_hint="--rows")
+    return slice(*(int(one) if one else None for one in given.split(":")))

@@ -37,19 +37,16 @@ _WIDE: Final = 1000  # columns where nobody looks: nothing is folded
 def plain(value: Any) -> Any:
     """Give a value as JSON has it; NaN and infinities, which it has not, as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [one.name for one in dataclasses.fields(value)]
-        return {name: plain(getattr(value, name)) for name in names}
-    if isinstance(value, Mapping):
-        return {str(name): plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(one) for one in value]
-    if hasattr(value, "tolist"):  # NumPy's
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int | bool):
-        return value
-    return str(value)
+        found: Any = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+    else:
+        found = value.tolist() if hasattr(value, "tolist") else value  # NumPy's
+    if isinstance(found, Mapping):
+        return {str(name): plain(one) for name, one in found.items()}
+    if isinstance(found, list | tuple | set | frozenset):
+        return [plain(one) for one in found]
+    if isinstance(found, float):
+        return found if math.isfinite(found) else None
+    return found if found is None or isinstance(found, str | int | bool) else str(found)
 
 
 class Output:
@@ -124,7 +121,7 @@ class Output:
             warnings.showwarning = self._warned
             yield
 
-    def _warned(self, message: Warning | str, *_rest: Any) -> None:
+    def _warned(self, message: Warning | str, *_rest: Any, **_more: Any) -> None:
         self.say(f"warning: {message}")
 
     @contextmanager
@@ -158,6 +155,7 @@ class Progress:
         self._task: Any = None
 
     def __call__(self, done: int, total: int, more: str = "") -> None:
+        """Take what is done and what there is, in all, and what else is worth telling."""
         now = time.monotonic()
         if self._first is None:
             self._first = done  # of what an earlier call had finished

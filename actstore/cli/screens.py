@@ -40,7 +40,7 @@ _MINUTE, _HOUR = 60, 3600
 def size(nbytes: float) -> str:
     """Give bytes with a decimal unit and three digits."""
     value, power = float(nbytes), 0
-    while value >= 999.5 and power < len(_UNITS) - 1:  # noqa: PLR2004 - rounds to 1000
+    while value >= 999.5 and power < len(_UNITS) - 1:
         value, power = value / 1000, power + 1
     return f"{value:.0f} B" if not power else f"{_digits(value)} {_UNITS[power]}"
 
@@ -70,7 +70,7 @@ def number(value: float | None) -> str:
 def duration(seconds: float) -> str:
     """Give a length of time."""
     if seconds < _MINUTE:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"  # noqa: PLR2004
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     if seconds < _HOUR:
         return f"{int(seconds // _MINUTE)} min {int(seconds % _MINUTE):02d} s"
     return f"{int(seconds // _HOUR):,} h {int(seconds % _HOUR // _MINUTE):02d} min"
@@ -82,7 +82,7 @@ def rate(a_second: float, unit: str) -> str:
 
 
 def _rounded(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"  # noqa: PLR2004
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def fold(text: str, width: int) -> str:
@@ -185,7 +185,7 @@ def overview_screen(one: Overview) -> Table:
             ("what", f"{_kind(one)}, {'complete' if one.complete else 'not closed cleanly'}"),
             *(("model", _model(said)) for said in first.get("models", ())),
             *(("run", _run(run)) for run in one.runs[:3]),
-            ("", f"and {len(one.runs) - 3} more runs" if len(one.runs) > 3 else ""),  # noqa: PLR2004
+            ("", f"and {len(one.runs) - 3} more runs" if len(one.runs) > 3 else ""),
             ("captured", _captured(one, first.get("capture") or {})),
             ("rows", ", ".join(f"{count(rows)} on {dim}" for dim, rows in one.rows.items())),
             ("dtypes", ", ".join(one.dtypes)),
@@ -265,7 +265,7 @@ def _speed(said: Mapping[str, Any]) -> str:
         return ""
     parts = [
         duration(said["duration_seconds"]),
-        f"{said['sustained_gbps']:.3f} GB/s",
+        rate(said["sustained_gbps"] * 1e9, "bytes"),
         f"waited {duration(said.get('waited_seconds') or 0.0)}",
         f"ended by {said['ended_by']}" if said.get("ended_by") else "",
     ]
@@ -294,7 +294,7 @@ def layers_screen(console: Console, found: Sequence[LayerLine], *, sites: bool) 
     columns = ["site", "layer", several, "dtype", "shape", "packets", "bytes", "ratio"]
     cells = [
         [
-            one.site,
+            one.site if "." not in one.site else "",  # else it is the name without the block
             one.name or "(the model)",
             count(getattr(one, "layers", 1)) if sites else str(one.block) * (one.block >= 0),
             one.dtype,
@@ -453,7 +453,8 @@ def captured(fed: Any, said: Mapping[str, Any], report: Any) -> Group:
             ("packets", f"{count(said['packets_written'])} in {count(said['passes'])} passes"),
             ("bytes", f"{size(said['raw_bytes'])} in {size(said['encoded_bytes'])}, "
                       f"{ratio(said['raw_bytes'] / max(said['encoded_bytes'], 1))} smaller"),
-            ("took", f"{duration(seconds)}: {tokens} tokens/s, {said['sustained_gbps']:.3f} GB/s, "
+            ("took", f"{duration(seconds)}: {tokens} tokens/s, "
+                     f"{rate(said['sustained_gbps'] * 1e9, 'bytes')}, "
                      f"hooks {said['share_in_hooks']:.1%} of it"),
         ]  # fmt: skip
     return lines(facts(pairs), *([compacted(report)] if report is not None else []))
