@@ -20,7 +20,7 @@ import numpy as np
 from actstore import codecs, dtypes, files
 from actstore.archive import store
 from actstore.archive.checks import ArchiveCheck
-from actstore.compaction import Pathlike, differences
+from actstore.compaction import Pathlike, Progress, differences
 from actstore.errors import ActstoreWarning, ConfigError, FormatError, StreamCorruptError
 from actstore.stream import records
 from actstore.stream.legacy import LegacyReader, is_legacy
@@ -99,6 +99,7 @@ def verify(
     *,
     decode: bool = False,
     against: Pathlike | Sequence[Pathlike] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Check every checksum of a log or an archive.
 
@@ -117,6 +118,9 @@ def verify(
     against : path or sequence of paths, optional
         Of an archive the logs that it was made of, in their order: every value and label is read
         by zarr-python and compared with theirs.
+    progress : callable, optional
+        Called with the bytes that are done and those that there are; where an archive is compared
+        with logs, again from 0 with those of the values.
 
     Returns
     -------
@@ -137,24 +141,32 @@ def verify(
     """
     place = files.existing(path, "verify")
     if place.is_dir():
-        return _verify_archive(place, against)
+        return _verify_archive(place, against, progress)
     if against is not None:
         msg = f"{place} is no archive: against= compares an archive with the logs it was made of"
         raise ConfigError(msg)
     if is_log(place):
-        return _verify_log(place, decode=decode)
+        return _verify_log(place, progress, decode=decode)
     if is_legacy(place):
         return _verify_legacy(place)
     msg = f"{place} is neither a .stream log nor an archive, which is a Zarr folder"
     raise FormatError(msg)
 
 
-def _verify_archive(folder: Path, against: Pathlike | Sequence[Pathlike] | None) -> Report:
+def _verify_archive(
+    folder: Path, against: Pathlike | Sequence[Pathlike] | None, progress: Progress | None
+) -> Report:
     store.check_identity(folder)
     check = ArchiveCheck(folder)
+    if progress is not None:
+        size = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+        check.progress = lambda done: progress(min(done, size), size)
     found = [Damaged(one.where, -1, one.reason) for one in check.findings()]
     if against is not None:
-        found += [Damaged(where, -1, reason) for where, reason in differences(folder, against)]
+        found += [
+            Damaged(where, -1, reason)
+            for where, reason in differences(folder, against, progress=progress)
+        ]
     return Report(
         folder, "archive", tuple(found), dict(check.checked), check.nbytes, complete=True
     )
@@ -177,14 +189,14 @@ def _verify_legacy(path: Path) -> Report:
         return Report(path, "legacy log", damage, checked, reader.file_bytes, complete)
 
 
-def _verify_log(path: Path, *, decode: bool) -> Report:
+def _verify_log(path: Path, progress: Progress | None, *, decode: bool) -> Report:
     try:
         reader = StreamReader(path, errors="skip")
     except StreamCorruptError as error:
         lost = (Damaged("HEADER", error.offset, str(error)),)
         return Report(path, "log", lost, {}, path.stat().st_size, complete=False)
     with reader, closing(LogFile(path)) as file:
-        check = _LogCheck(reader, file, decode)
+        check = _LogCheck(reader, file, decode, progress)
         found: dict[int, Damaged] = {}
         for one in check.findings():
             found.setdefault(one.offset, one)
@@ -200,6 +212,7 @@ class _LogCheck:
     reader: StreamReader
     file: LogFile
     decode: bool
+    progress: Progress | None = None
     checked: Counter[str] = field(default_factory=Counter)
 
     def findings(self) -> Iterator[Damaged]:
@@ -217,6 +230,8 @@ class _LogCheck:
         for entry, found in _ahead(pool, self._record, walk(self.file, walked, len(MAGIC))):
             self.checked[_name(entry.opcode)] += 1
             waiting += found
+            if self.progress is not None:
+                self.progress(entry.end, self.file.size)
             match entry.opcode:
                 case Opcode.COMMIT:
                     gaps = bool(walked.damage)

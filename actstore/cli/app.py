@@ -343,8 +343,7 @@ def verify(
     from actstore.cli import screens
 
     with out.progress(f"verify {path.name}") as progress:
-        found = actstore.verify(path, decode=decode, against=against or None)
-        del progress
+        found = actstore.verify(path, decode=decode, against=against or None, progress=progress)
     out.result(
         {"ok": found.ok, **_line_of(found)}, lambda console: screens.verified(console, found)
     )
@@ -374,7 +373,8 @@ def recover(
     import actstore
     from actstore.cli import screens
 
-    found = actstore.recover(path, target)
+    with out.progress(f"recover {path.name}") as progress:
+        found = actstore.recover(path, target, progress=progress)
     out.result({"whole": found.whole, **_line_of(found)}, lambda _: screens.recovered(found))
     if not found.whole:
         raise typer.Exit(DAMAGED)

@@ -151,14 +151,16 @@ class Progress:
         self._unit = unit
         self._began = self._told = time.monotonic()
         self._first: int | None = None
+        self._last = 0
         self._drawn: Any = None
         self._task: Any = None
 
     def __call__(self, done: int, total: int, more: str = "") -> None:
         """Take what is done and what there is, in all, and what else is worth telling."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = done  # of what an earlier call had finished
+        if self._first is None or done < self._last:  # or the next of two parts begins
+            self._first, self._began = done, now if self._first is not None else self._began
+        self._last = done  # the first is what an earlier call had finished
         if self._output.quiet or now - self._began < _AFTER:
             return
         said = self._said(done, total, now, more)
