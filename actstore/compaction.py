@@ -376,7 +376,7 @@ def differences(
                 continue
             try:
                 found = store.read_part(folder, one.name, (slice(None),) * one.values.ndim)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, LookupError) as error:
                 yield one.name, f"it can't be read: {error}"
                 continue
             if not np.array_equal(found, one.values, equal_nan=one.values.dtype.kind == "f"):
@@ -394,7 +394,7 @@ def _difference(folder: Path, job: Job) -> str:
                     read[name] = store.read_rows(
                         folder, name, job.place, job.shard.first, job.shard.last
                     )
-                except (OSError, ValueError, RuntimeError, ArchiveError) as error:
+                except (OSError, ValueError, IndexError, RuntimeError, ArchiveError) as error:
                     return f"{name} can't be read: {error}"
             mine = read[name][start : start + len(rows)]
             if mine.dtype != rows.dtype or mine.tobytes() != rows.tobytes():

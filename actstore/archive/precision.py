@@ -248,7 +248,8 @@ class Precision:
 
     def _compare(self, rows: Floats, found: Floats) -> Errors:
         finite = np.isfinite(rows)
-        wide, off = rows.astype(np.float64), found.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            wide, off = rows.astype(np.float64), found.astype(np.float64)
         if not finite.all():  # these stay, bit for bit
             if not np.array_equal(finite, np.isfinite(found)):
                 return Errors(broken=1)
