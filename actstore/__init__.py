@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from actstore.enriching import add_coordinates as add_coordinates
     from actstore.enriching import remove_added as remove_added
     from actstore.errors import ActstoreError as ActstoreError
+    from actstore.exporting import export as export
     from actstore.framework import InstrumentationFramework as InstrumentationFramework
     from actstore.framework import (
         analyze_activations_with_tokens as analyze_activations_with_tokens,
     )
     from actstore.grouping import group_statistics as group_statistics
+    from actstore.importing import import_archive as import_archive
     from actstore.packets import packet_table as packet_table
     from actstore.stream.reader import open_stream as open_stream
     from actstore.stream.recover import recover as recover
@@ -51,7 +53,9 @@ _HOMES = {
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
+    "export": "actstore.exporting",
     "group_statistics": "actstore.grouping",
+    "import_archive": "actstore.importing",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
     "packet_table": "actstore.packets",
@@ -75,7 +79,9 @@ __all__ = [
     "compact",
     "describe",
     "estimate",
+    "export",
     "group_statistics",
+    "import_archive",
     "open_dataset",
     "open_stream",
     "packet_table",

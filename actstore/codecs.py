@@ -33,12 +33,17 @@ __all__ = [
     "NAMES",
     "check_config",
     "check_name",
+    "compressor",
+    "constants",
     "decode",
     "decode_into",
+    "decompressor",
     "encode",
+    "is_noise",
     "plane_split",
     "plane_split_into",
     "scratch",
+    "take_plane",
 ]
 
 Bytes = NDArray[np.uint8]
@@ -259,11 +264,11 @@ def plane_split_into(out: Bytes, data: Bytes, itemsize: int, *, repeats: bool = 
         return len(frame)
     view, length, end = memoryview(out), nbytes // itemsize, _FRAME.size + 4
     _LENGTH.pack_into(view, _FRAME.size, end)
-    constants = _constants(data, itemsize)
+    known = constants(data, itemsize)
     for place in range(itemsize):
         start = end + 4
-        if place in constants:
-            frame = _constant_plane(constants[place], length)
+        if place in known:
+            frame = _constant_plane(known[place], length)
             end = start + len(frame)
             view[start:end] = frame
         else:
@@ -277,7 +282,7 @@ def plane_split_into(out: Bytes, data: Bytes, itemsize: int, *, repeats: bool = 
     return end
 
 
-def _constants(data: Bytes, itemsize: int) -> dict[int, int]:
+def constants(data: Bytes, itemsize: int) -> dict[int, int]:
     """Find the byte planes of one value, and give it: bfloat16 as float32 has two of zeros."""
     if itemsize not in _UNSIGNED:
         return {}
@@ -299,35 +304,40 @@ def _equal_bytes(one: Any, other: Any, itemsize: int) -> dict[int, int]:
 @lru_cache
 def _constant_plane(value: int, length: int) -> bytes:
     """Encode a byte plane of one value."""
-    return _compressor().compress(bytes([value]) * length)
+    return compressor().compress(bytes([value]) * length)
 
 
 def _plane_into(out: Bytes, data: Bytes, itemsize: int, place: int, repeats: bool) -> int:
     """Put a byte plane into memory of its size, compressed where it shrinks; give its length."""
     length = out.nbytes
     plane = scratch("plane", length)
-    if length >= _SAMPLED and not repeats and _is_noise(data, itemsize, place):
-        _take_plane(out, data, itemsize, place)
+    if not repeats and is_noise(data, itemsize, place):
+        take_plane(out, data, itemsize, place)
         return length
-    _take_plane(plane, data, itemsize, place)
-    source = _compressor(repeats).stream_reader(memoryview(plane), size=length)
+    take_plane(plane, data, itemsize, place)
+    source = compressor(repeats=repeats).stream_reader(memoryview(plane), size=length)
     found = source.readinto(memoryview(out))
     if found == length:  # no room was left: it doesn't shrink
         out[:] = plane
     return found
 
 
-def _is_noise(data: Bytes, itemsize: int, place: int) -> bool:
-    """Whether samples of a byte plane don't shrink: mantissas, whose compression costs time."""
+def is_noise(data: Bytes, itemsize: int, place: int) -> bool:
+    """Whether samples of a byte plane don't shrink: mantissas, whose compression costs time.
+
+    Of a short plane they would cost more than it: that is asked of none.
+    """
     count = data.nbytes // itemsize
+    if count < _SAMPLED:
+        return False
     sample = scratch("sample", 3 * _SAMPLE)
     for index, start in enumerate((0, count // 2, count - _SAMPLE)):
         piece = data[start * itemsize : (start + _SAMPLE) * itemsize]
-        _take_plane(sample[index * _SAMPLE : (index + 1) * _SAMPLE], piece, itemsize, place)
-    return len(_compressor().compress(memoryview(sample))) > 0.99 * sample.nbytes
+        take_plane(sample[index * _SAMPLE : (index + 1) * _SAMPLE], piece, itemsize, place)
+    return len(compressor().compress(memoryview(sample))) > 0.99 * sample.nbytes
 
 
-def _take_plane(out: Bytes, data: Bytes, itemsize: int, place: int) -> None:
+def take_plane(out: Bytes, data: Bytes, itemsize: int, place: int) -> None:
     """Copy a byte plane of elements.
 
     Integers that begin at the plane's byte, narrowed to bytes, are it: where there are such
@@ -350,7 +360,7 @@ def scratch(name: str, nbytes: int) -> Bytes:
     return found[:nbytes]
 
 
-def _compressor(repeats: bool = False) -> zstandard.ZstdCompressor:
+def compressor(*, repeats: bool = False) -> zstandard.ZstdCompressor:
     """Give this thread's compressor: one can't be shared by threads at work."""
     name = "repeats" if repeats else "entropy"
     if not hasattr(_local, name):
@@ -358,3 +368,10 @@ def _compressor(repeats: bool = False) -> zstandard.ZstdCompressor:
         chosen = zstandard.ZstdCompressionParameters(**parameters)
         setattr(_local, name, zstandard.ZstdCompressor(compression_params=chosen))
     return getattr(_local, name)  # type: ignore[no-any-return]
+
+
+def decompressor() -> zstandard.ZstdDecompressor:
+    """Give this thread's decompressor."""
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor()
+    return _local.decompressor  # type: ignore[no-any-return]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import xarray as xr
@@ -22,16 +22,20 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from actstore import files
+from actstore import files, hdf5
 from actstore.accessor import remember_lazy
-from actstore.archive import layout, store
+from actstore.archive import layout, store, zipped
 from actstore.archive.precision import CODING
 from actstore.archive.reading import Rows, ShardedRows, value_rows
+from actstore.archive.zipped import Place, ZipPath
 from actstore.compaction import element_reader, plan_log, row_reader
 from actstore.errors import FormatError, UnsupportedVersionError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.reader import StreamReader, open_stream
 from actstore.stream.resume import is_log
+
+if TYPE_CHECKING:
+    from actstore.hdf5.reading import Hdf5Archive
 
 __all__ = ["is_dataset", "open_dataset", "open_lazily"]
 
@@ -39,8 +43,6 @@ Chunks = Literal["auto"] | Mapping[Any, Any] | int | None
 
 #: What an encoding says of how a variable is cut.
 _CUT: Final = ("chunks", "shards", "preferred_chunks")
-#: Containers of later versions, by how their names end.
-_LATER: Final = {".zip": "zipped archives", ".h5": "HDF5 files", ".hdf5": "HDF5 files"}
 
 
 def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Dataset:
@@ -49,7 +51,8 @@ def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Da
     Parameters
     ----------
     path : path
-        A ``.stream`` log or an archive's folder. The packets of a log of ``llm-instrumentation``,
+        A ``.stream`` log, an archive's folder, or a ``.zarr.zip`` or ``.h5`` that `export` made
+        of one. The packets of a log of ``llm-instrumentation``,
         which holds no shapes, are flat; `compact` with ``shapes`` gives them rows.
     chunks : "auto", mapping, int or None
         ``"auto"``: dask arrays with a chunk for each shard where dask is installed, else
@@ -92,7 +95,19 @@ def is_dataset(path: str | os.PathLike[str]) -> bool:
     place = Path(path)
     if place.is_dir():
         return store.is_archive(place)
-    return place.is_file() and (is_log(place) or is_legacy(place))
+    if not place.is_file():
+        return False
+    if hdf5.is_hdf5(place):
+        return find_spec("h5py") is not None and _is_mirror(place)
+    if zipped.is_zip(place):
+        return store.is_archive(ZipPath(place))
+    return is_log(place) or is_legacy(place)
+
+
+def _is_mirror(place: Path) -> bool:
+    from actstore.hdf5.reading import is_ours
+
+    return is_ours(place)
 
 
 def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
@@ -100,10 +115,12 @@ def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
     place = files.existing(path, "open_dataset")
     if place.is_dir():
         return _over_archive(place)
+    if hdf5.is_hdf5(place):
+        return _over_hdf5(place)
+    if zipped.is_zip(place):
+        return _over_archive(ZipPath(place.absolute()))
     if not (is_log(place) or is_legacy(place)):
-        later = _LATER.get(place.suffix.lower())
-        hint = f"; {later} can't be opened yet" if later else ""
-        msg = f"{place} is neither a .stream log nor an archive, which is a Zarr folder{hint}"
+        msg = f"{place} is neither a .stream log nor an archive: a Zarr folder, .zarr.zip or .h5"
         raise FormatError(msg)
     reader = open_stream(place)
     try:
@@ -114,12 +131,14 @@ def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
         raise
 
 
-def _read_root(folder: Path) -> dict[str, Any]:
+def _read_root(folder: Place) -> dict[str, Any]:
     try:
         return store.read_root(folder)
     except UnsupportedVersionError:
         raise
     except FormatError as error:
+        if isinstance(folder, ZipPath):
+            raise
         msg = f"{folder} is a folder, so no .stream log; {error}"
         raise FormatError(msg) from error
 
@@ -135,14 +154,55 @@ def _by_shards(dataset: xr.Dataset) -> xr.Dataset:
     return dataset.assign(chunked)  # at once: each assignment goes through all variables
 
 
-def _over_archive(folder: Path) -> xr.Dataset:
+def _over_archive(folder: Place) -> xr.Dataset:
     """Open an archive; its large arrays are read by us, which is faster, what we can't by zarr."""
     arrays = store.arrays_of(_read_root(folder))
     dataset = store.open_xarray(folder)
-    said = {name: one["attributes"] for name, one in arrays.items() if "/" not in name}
-    found, parts = value_rows(
-        said, lambda name: ShardedRows.of(folder.absolute() / name, arrays[name])
+    return _with_rows(
+        dataset, arrays, lambda name: ShardedRows.of(folder.absolute() / name, arrays[name])
     )
+
+
+def _over_hdf5(path: Path) -> xr.Dataset:
+    """Open an HDF5 file that an archive was mirrored into, as the archive."""
+    hdf5.check_installed()
+    from actstore.hdf5.reading import Hdf5Archive
+
+    archive = Hdf5Archive(path)
+    try:
+        variables = {}
+        for name, array in archive.arrays.items():
+            if "/" in name:
+                continue
+            if array.dims == (name,):
+                archive.stored(name)  # xarray reads it at once, however long it is
+            lazy = indexing.LazilyIndexedArray(_Parts(archive, name))
+            cached: Any = indexing.MemoryCachedArray(  # type: ignore[no-untyped-call]
+                indexing.CopyOnWriteArray(lazy)  # type: ignore[arg-type]
+            )
+            preferred = dict(zip(array.dims, array.shard, strict=True))
+            encoding: dict[str, Any] = {"chunks": array.chunk, "preferred_chunks": preferred}
+            encoding["dtype"] = array.dtype  # else xarray makes objects of text
+            encoding |= {"shards": array.shard} if array.sharded else {}
+            said = dict(array.attributes)
+            variables[name] = xr.Variable(array.dims, cached, said, encoding)
+        raw = xr.Dataset(variables, attrs=dict(archive.root["attributes"]))
+        dataset = _with_rows(xr.decode_cf(raw), store.arrays_of(archive.root), archive.rows)
+    except BaseException:
+        archive.close()
+        raise
+    dataset.set_close(archive.close)
+    return dataset
+
+
+def _with_rows(
+    dataset: xr.Dataset,
+    arrays: Mapping[str, Mapping[str, Any]],
+    opened: Callable[[str], Rows | None],
+) -> xr.Dataset:
+    """Let an archive's arrays of values be read by what reads their rows, where there is such."""
+    said = {name: one["attributes"] for name, one in arrays.items() if "/" not in name}
+    found, parts = value_rows(said, opened)
     ours = {
         name: _values(dataset.variables[name], rows, said[name]) for name, rows in found.items()
     }
@@ -239,6 +299,34 @@ class _Shards(_Layers):
         return self._reader.read(place, rows)
 
 
+class _Parts(BackendArray):
+    """An array of an HDF5 file: reads the chunks between the first and the last asked for."""
+
+    def __init__(self, archive: Hdf5Archive, name: str) -> None:
+        array = archive.arrays[name]
+        self.shape, self.dtype = array.shape, array.dtype
+        self._archive = archive
+        self._name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _parts_again, (self._archive.path, self._name)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, self._read
+        )
+
+    def _read(self, key: tuple[Any, ...]) -> NDArray[Any]:
+        wanted = [_positions(*one) for one in zip(key, self.shape, strict=True)]
+        starts = [int(one.min()) if one.size else 0 for one in wanted]
+        ends = [int(one.max()) + 1 if one.size else 0 for one in wanted]
+        found = self._archive.part(self._name, tuple(map(slice, starts, ends)))
+        for axis, (one, start) in reversed(list(enumerate(zip(wanted, starts, strict=True)))):
+            single = isinstance(key[axis], int | np.integer)
+            found = found[(slice(None),) * axis + (one[0] - start if single else one - start,)]
+        return found
+
+
 class _Rows(_Layers):
     """A variable of a log."""
 
@@ -303,6 +391,12 @@ def _rows_again(path: Path, name: str) -> _Rows:
 def _elements_again(path: Path, name: str) -> _Elements:
     reader, plan = _reopened(path)
     return _Elements(reader, next(one for one in plan.ragged if one.values_name == name))
+
+
+def _parts_again(path: Path, name: str) -> _Parts:
+    from actstore.hdf5.reading import reopened
+
+    return _Parts(reopened(path), name)
 
 
 def _positions(key: Any, length: int) -> NDArray[np.int64]:

@@ -13,7 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from actstore import files
+from actstore import files, hdf5
+from actstore.archive.root import read_attributes
+from actstore.archive.zipped import ZipPath, is_zip
 from actstore.errors import ConfigError
 from actstore.stream import summary
 from actstore.stream.reader import StreamReader, open_stream
@@ -94,12 +96,19 @@ class Overview:
         FormatError
             It is neither a log nor an archive.
         """
-        place = files.existing(path, "this")
+        place = files.existing(path, "info")
         if place.is_dir():
-            from actstore.archive import store
-
             sizes = (one.stat().st_size for one in place.rglob("*") if one.is_file())
-            return cls._of_archive(place, "archive", store.read_attributes(place), sum(sizes))
+            return cls._of_archive(place, "archive", read_attributes(place), sum(sizes))
+        size = place.stat().st_size
+        if is_zip(place):
+            return cls._of_archive(place, "zip", read_attributes(ZipPath(place)), size)
+        if hdf5.is_hdf5(place):
+            hdf5.check_installed()
+            from actstore.hdf5.reading import Hdf5Archive
+
+            with Hdf5Archive(place) as archive:
+                return cls._of_archive(place, "HDF5", archive.root["attributes"], size)
         with open_stream(place, errors="skip") as reader:
             return cls._of_log(place, reader)
 

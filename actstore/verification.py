@@ -11,15 +11,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from actstore import codecs, dtypes, files
-from actstore.archive import store
+from actstore import codecs, dtypes, files, hdf5
+from actstore.archive import store, zipped
 from actstore.archive.checks import ArchiveCheck
+from actstore.archive.zipped import Place, ZipPath
 from actstore.compaction import Pathlike, Progress, differences
 from actstore.errors import ActstoreWarning, ConfigError, FormatError, StreamCorruptError
 from actstore.stream import records
@@ -67,7 +68,7 @@ class Report:
     ----------
     path : Path
         What was verified.
-    kind : {"log", "archive", "legacy log"}
+    kind : {"log", "archive", "zip", "HDF5", "legacy log"}
         What it is; the last is a log of ``llm-instrumentation``.
     damage : tuple of Damaged
         All that is damaged; empty where everything is intact.
@@ -111,7 +112,7 @@ def verify(
     Parameters
     ----------
     path : path
-        A ``.stream`` log or an archive's folder.
+        A ``.stream`` log, an archive's folder, or a ``.zarr.zip`` or ``.h5`` of one.
     decode : bool
         Also decode each block of a log: what a checksum can't tell is a writer that encoded wrong
         bytes. Several times slower.
@@ -142,6 +143,8 @@ def verify(
     place = files.existing(path, "verify")
     if place.is_dir():
         return _verify_archive(place, against, progress)
+    if zipped.is_zip(place):
+        return _verify_zip(ZipPath(place), against, progress)
     if against is not None:
         msg = f"{place} is no archive: against= compares an archive with the logs it was made of"
         raise ConfigError(msg)
@@ -149,27 +152,64 @@ def verify(
         return _verify_log(place, progress, decode=decode)
     if is_legacy(place):
         return _verify_legacy(place)
-    msg = f"{place} is neither a .stream log nor an archive, which is a Zarr folder"
+    if hdf5.is_hdf5(place):
+        return _verify_hdf5(place, progress)
+    msg = f"{place} is neither a .stream log nor an archive: a Zarr folder, .zarr.zip or .h5"
     raise FormatError(msg)
 
 
 def _verify_archive(
-    folder: Path, against: Pathlike | Sequence[Pathlike] | None, progress: Progress | None
+    folder: Place, against: Pathlike | Sequence[Pathlike] | None, progress: Progress | None
 ) -> Report:
     store.check_identity(folder)
     check = ArchiveCheck(folder)
     if progress is not None:
-        size = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+        size = _size(folder)
         check.progress = lambda done: progress(min(done, size), size)
     found = [Damaged(one.where, -1, one.reason) for one in check.findings()]
     if against is not None:
-        found += [
-            Damaged(where, -1, reason)
-            for where, reason in differences(folder, against, progress=progress)
-        ]
-    return Report(
-        folder, "archive", tuple(found), dict(check.checked), check.nbytes, complete=True
-    )
+        compared = differences(folder, against, progress=progress)  # type: ignore[arg-type] # of what a store reads
+        found += [Damaged(where, -1, reason) for where, reason in compared]
+    path = folder.file if isinstance(folder, ZipPath) else folder
+    return Report(path, "archive", tuple(found), dict(check.checked), check.nbytes, complete=True)
+
+
+def _size(folder: Place) -> int:
+    if isinstance(folder, ZipPath):
+        return sum(one.size for one in folder.members.values())
+    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+
+
+def _verify_zip(
+    archive: ZipPath, against: Pathlike | Sequence[Pathlike] | None, progress: Progress | None
+) -> Report:
+    found, whole = [], True
+    for name in archive.members:
+        try:
+            if not (archive / name).is_intact():
+                found.append(Damaged(name, -1, "its bytes don't match the zip's CRC-32 of it"))
+        except FormatError as error:  # so that nothing more can be read of it
+            found.append(Damaged(name, -1, str(error)))
+            whole = False
+    checked = {"members": len(archive.members)}
+    if not whole:
+        size = archive.file.stat().st_size
+        return Report(archive.file, "zip", tuple(found), checked, size, complete=True)
+    report = _verify_archive(archive, against, progress)
+    if report.ok:  # else the metadata may describe nothing
+        odd = zipped.unexpected(store.read_root(archive), archive.members)
+        found += [Damaged(name, -1, "the archive has no such file") for name in odd]
+    damage = (*found, *report.damage)
+    return replace(report, kind="zip", damage=damage, checked={**report.checked, **checked})
+
+
+def _verify_hdf5(path: Path, progress: Progress | None) -> Report:
+    hdf5.check_installed()
+    from actstore.hdf5.checks import Hdf5Check
+
+    check = Hdf5Check(path, progress=progress)
+    found = tuple(Damaged(one.where, -1, one.reason) for one in check.findings())
+    return Report(path, "HDF5", found, dict(check.checked), path.stat().st_size, complete=True)
 
 
 def _verify_legacy(path: Path) -> Report:

@@ -18,12 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent / "archive"))
 from logs import decoder_log
 
 
-@pytest.fixture(params=["log", "archive"])
+@pytest.fixture(params=["log", "archive", "h5", "zarr.zip"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     log = decoder_log(tmp_path / "run.stream")
     if request.param == "log":
         return log.path
-    return actstore.compact(log.path, tmp_path / "run.zarr").path
+    archive = actstore.compact(log.path, tmp_path / "run.zarr").path
+    if request.param == "archive":
+        return archive
+    return actstore.export(archive, tmp_path / f"run.{request.param}").path
 
 
 @pytest.mark.parametrize("engine", ["actstore", ActstoreBackendEntrypoint])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import subprocess
 import sys
@@ -91,9 +92,11 @@ def archive(log: LogBuilder) -> Path:
     return actstore.compact(log.path, log.path.with_suffix(".zarr")).path
 
 
-@pytest.fixture(params=["log", "archive"])
+@pytest.fixture(params=["log", "archive", "h5", "zarr.zip"])
 def place(request: pytest.FixtureRequest, log: LogBuilder, archive: Path) -> Path:
-    return log.path if request.param == "log" else archive
+    if request.param in ("log", "archive"):
+        return log.path if request.param == "log" else archive
+    return actstore.export(archive, log.path.with_suffix(f".{request.param}")).path
 
 
 def assert_same(one: xr.Dataset, other: xr.Dataset) -> None:
@@ -126,6 +129,21 @@ def test_log_archive_and_plain_xarray_are_the_same_dataset(
         assert one.attrs["aliases"] == plain.attrs["aliases"]
         assert one.attrs["runs"] == plain.attrs["runs"]
         assert {"resid", "resid_call1", "heads", "loose_values", "part_present"} <= set(one)
+
+
+@pytest.mark.parametrize("chunks", ["auto", None, {}, {"token": 3}])
+def test_every_container_is_the_same_dataset_as_the_archive(
+    place: Path, archive: Path, chunks: Any
+) -> None:
+    with (
+        actstore.open_dataset(place, chunks) as one,
+        actstore.open_dataset(archive, chunks) as other,
+    ):
+        assert_same(one, other)
+        if place.suffix != ".stream":
+            assert one.attrs == other.attrs
+            for name in one.variables:
+                assert one.variables[name].chunks == other.variables[name].chunks, name
 
 
 def test_the_values_are_those_that_were_fired(log: LogBuilder, place: Path) -> None:
@@ -272,12 +290,14 @@ def keys_of(length: int) -> st.SearchStrategy[Any]:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_index_of_a_log_is_the_same_index_of_its_values(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+@given(data=st.data(), kind=st.sampled_from(["stream", "zarr", "h5", "zarr.zip"]))
+def test_any_index_of_a_dataset_is_the_same_index_of_its_values(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str
 ) -> None:
-    one, whole = _opened(tmp_path_factory)
-    name = data.draw(st.sampled_from(["resid", "heads", "flags", "part", "loose_values", "mlp"]))
+    opened, whole = _opened(tmp_path_factory)
+    one = opened[kind]
+    names = ["resid", "heads", "flags", "part", "loose_values", "mlp", "token_text", "mlp_present"]
+    name = data.draw(st.sampled_from(names))
     keys = {dim: data.draw(keys_of(size)) for dim, size in whole[name].sizes.items()}
     some = data.draw(st.sets(st.sampled_from(sorted(keys))))
     index = {dim: key for dim, key in keys.items() if dim in some}
@@ -285,16 +305,21 @@ def test_any_index_of_a_log_is_the_same_index_of_its_values(
     xr.testing.assert_identical(found.drop_vars(found.coords), wanted.drop_vars(wanted.coords))
 
 
-_open: list[tuple[xr.Dataset, xr.Dataset]] = []
+_open: list[tuple[dict[str, xr.Dataset], xr.Dataset]] = []
 
 
-def _opened(factory: pytest.TempPathFactory) -> tuple[xr.Dataset, xr.Dataset]:
-    """Give a lazy dataset of a log, and its values; the same ones for every example."""
+def _opened(factory: pytest.TempPathFactory) -> tuple[dict[str, xr.Dataset], xr.Dataset]:
+    """Give lazy datasets of a log in every container, and its values; always the same ones."""
     if not _open:
         built = LogBuilder(factory.mktemp("indexed") / "run.stream")
         everything(built)
-        lazy = actstore.open_dataset(built.close(), None)
-        _open.append((lazy, lazy.copy().compute()))
+        places = {"stream": built.close()}
+        places["zarr"] = actstore.compact(built.path, built.path.with_suffix(".zarr")).path
+        for kind in ("h5", "zarr.zip"):
+            target = built.path.with_suffix(f".{kind}")
+            places[kind] = actstore.export(places["zarr"], target).path
+        lazy = {kind: actstore.open_dataset(path, None) for kind, path in places.items()}
+        _open.append((lazy, lazy["stream"].copy().compute()))
     return _open[0]
 
 
@@ -360,10 +385,12 @@ def test_closing_a_dataset_closes_its_log(
     found.close()
 
 
-def test_a_dataset_that_is_dropped_leaves_no_file_open(log: LogBuilder) -> None:
+def test_a_dataset_that_is_dropped_leaves_no_file_open(place: Path) -> None:
+    actstore.open_dataset(place)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
-        actstore.open_dataset(log.path)
+        actstore.open_dataset(place)
+    gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
 
@@ -376,14 +403,14 @@ def test_nothing_there_is_a_missing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "run.stream", "run.zarr.zip", "run.h5"])
-def test_a_file_that_is_no_log_is_refused_and_both_formats_are_named(
+def test_a_file_that_is_no_log_is_refused_and_all_formats_are_named(
     tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / name
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(FormatError, match=r"neither a \.stream log nor an archive") as caught:
+    wanted = r"neither a \.stream log nor an archive: a Zarr folder, \.zarr\.zip or \.h5"
+    with pytest.raises(FormatError, match=wanted):
         actstore.open_dataset(path)
-    assert ("yet" in str(caught.value)) is (name in ("run.zarr.zip", "run.h5"))
 
 
 @pytest.mark.parametrize(

@@ -372,3 +372,24 @@ def test_a_choice_of_what_is_not_there_is_refused(tmp_path: Path) -> None:
                 choose_precision(source, nmse=1e-3, variables=[name])
         with pytest.raises(ConfigError, match="takes a bound over 0 and under 1"):
             choose_precision(source, nmse=2.0)
+
+
+# -- other containers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".zarr.zip"])
+@pytest.mark.parametrize("precision", [*CODED, "bfloat16"])
+def test_one_file_has_the_same_values_and_becomes_the_same_archive(
+    tmp_path: Path, precision: str, suffix: str
+) -> None:
+    _, found, archive = compacted(tmp_path, precision, outlier=np.nan)
+    file = tmp_path / f"run{suffix}"
+    actstore.export(archive, file)
+    with actstore.open_dataset(file) as held:
+        assert set(held.variables) == set(found.variables)
+        xr.testing.assert_equal(held.compute(), found.compute())
+        assert held.resid.attrs == found.resid.attrs
+    actstore.import_archive(file, tmp_path / "again.zarr")
+    with actstore.open_dataset(tmp_path / "again.zarr") as again:
+        xr.testing.assert_identical(again.compute(), found.compute())
+    assert actstore.verify(tmp_path / "again.zarr", against=tmp_path / "run.stream").ok

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +16,7 @@ from actstore.archive import store
 from actstore.archive.adding import ADDED
 from actstore.archive.precision import SCALE
 from actstore.archive.shards import check_shard, is_sealed, shard_path
+from actstore.archive.zipped import Place
 from actstore.errors import FormatError
 
 __all__ = ["ArchiveCheck", "Finding"]
@@ -100,7 +100,7 @@ class ArchiveCheck:
 
     Parameters
     ----------
-    folder : Path
+    folder : Path or ZipPath
         The archive.
 
     Attributes
@@ -113,7 +113,7 @@ class ArchiveCheck:
         Called with these after each file.
     """
 
-    folder: Path
+    folder: Place
     checked: Counter[str] = field(default_factory=Counter)
     nbytes: int = 0
     progress: Callable[[int], None] | None = None
@@ -142,7 +142,7 @@ class ArchiveCheck:
             self.checked["arrays"] += 1
             yield from self._array(array, arrays)
 
-    def _looked_at(self, path: Path) -> None:
+    def _looked_at(self, path: Place) -> None:
         self.checked["files"] += 1
         self.nbytes += path.stat().st_size
         if self.progress is not None:
@@ -202,7 +202,7 @@ class ArchiveCheck:
         self, array: _Array, place: tuple[int, ...], companion: _Array | None
     ) -> Iterator[Finding]:
         path = shard_path(self.folder, array.name, place)
-        name = str(path.relative_to(self.folder))
+        name = "/".join([array.name, "c", *map(str, place)])
         wanted = self._wanted(array, place, companion)
         if not path.exists():
             if wanted.any():
@@ -240,7 +240,7 @@ class ArchiveCheck:
         self, array: _Array, place: tuple[int, ...], _companion: _Array | None
     ) -> Iterator[Finding]:
         path = shard_path(self.folder, array.name, place)
-        name = str(path.relative_to(self.folder))
+        name = "/".join([array.name, "c", *map(str, place)])
         try:
             data = path.read_bytes()
         except OSError as error:

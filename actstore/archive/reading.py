@@ -11,8 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -21,9 +20,10 @@ from numpy.typing import NDArray
 from actstore import codecs
 from actstore.archive.precision import EXACT, SCALE, decoded
 from actstore.archive.shards import EMPTY, index_bytes, is_sealed, shard_path
+from actstore.archive.zipped import Place
 from actstore.errors import ArchiveError, FormatError
 
-__all__ = ["CodedRows", "Rows", "ShardedRows", "value_rows"]
+__all__ = ["CodedRows", "Rows", "ShardedRows", "Storage", "fill_of", "value_rows"]
 
 Integers = NDArray[np.int64]
 _INDICES: Final = 4096  # shards whose index is kept
@@ -61,7 +61,7 @@ class _Wanted(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Storage:
+class Storage:
     """How an array is stored, by its metadata; rows are cut, layers stand apart."""
 
     shape: tuple[int, ...]
@@ -97,7 +97,7 @@ class _Storage:
                 tuple(said["chunk_grid"]["configuration"]["chunk_shape"]),
                 tuple(inner["chunk_shape"]),
                 dtype,
-                _fill(said["fill_value"], dtype),
+                fill_of(said["fill_value"], dtype),
                 order,
                 {"id": "blosc"} if "blosc" in names else None,
                 int(said["dimension_names"][0] == "layer"),
@@ -115,16 +115,23 @@ class _Storage:
         known = self.order is None or sorted(self.order) == list(range(len(self.shape)))
         return whole and known and min(self.shape) > 0 and self.shard[axis] % self.chunk[axis] == 0
 
+    def without_order(self) -> Self:
+        """Give the same, with chunks that are not transposed."""
+        return replace(self, order=None)
+
     @property
     def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row."""
         return self.shape[self.axis + 1 :]
 
     @property
     def chunk_bytes(self) -> int:
+        """Bytes of a whole chunk."""
         return int(np.prod(self.chunk, dtype=np.int64)) * self.dtype.itemsize
 
 
-def _fill(said: Any, dtype: np.dtype) -> Any:
+def fill_of(said: Any, dtype: np.dtype) -> Any:
+    """Give an array's fill value, of what its metadata says."""
     if dtype.kind == "c":
         return complex(float(said[0]), float(said[1]))
     return dtype.type(float(said) if dtype.kind == "f" else said)
@@ -135,9 +142,9 @@ class ShardedRows:
 
     Parameters
     ----------
-    folder : Path
+    folder : Path or ZipPath
         The array's.
-    storage : _Storage
+    storage : Storage
         How it is stored.
 
     Attributes
@@ -150,7 +157,7 @@ class ShardedRows:
         The place of the rows among its dimensions: 0, or 1 behind ``layer``.
     """
 
-    def __init__(self, folder: Path, storage: _Storage) -> None:
+    def __init__(self, folder: Place, storage: Storage) -> None:
         self.folder = folder
         self.shape, self.dtype, self.axis = storage.shape, storage.dtype, storage.axis
         self._storage = storage
@@ -158,9 +165,9 @@ class ShardedRows:
         self._indices: OrderedDict[tuple[int, int], NDArray[np.uint64] | None] = OrderedDict()
 
     @classmethod
-    def of(cls, folder: Path, said: Mapping[str, Any]) -> Self | None:
+    def of(cls, folder: Place, said: Mapping[str, Any]) -> Self | None:
         """Give what reads an array of this metadata; None where it has another form."""
-        storage = _Storage.parse(said)
+        storage = Storage.parse(said)
         return None if storage is None else cls(folder, storage)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -221,26 +228,63 @@ class ShardedRows:
         run = target[-1] - first == count - 1 and wanted.within[-1] - wanted.within[0] == count - 1
         direct = run and here.nbytes == storage.chunk_bytes and storage.order is None
         place = here if direct else np.empty(storage.chunk, self.dtype)
-        try:
-            codecs.decode_into(storage.config, encoded, place.reshape(-1).view(np.uint8))
-        except FormatError as error:
-            raise self._damaged(layer, wanted.chunk, str(error)) from error
+        self._decode_chunk(layer, wanted.chunk, encoded, place)
         if not direct:
-            if storage.order is not None:
-                turned = place.reshape([storage.chunk[axis] for axis in storage.order])
-                place = turned.transpose(np.argsort(storage.order))
-            rows = place.reshape(storage.chunk[self.axis :])
+            rows = self._turned(place)
             low = int(wanted.within[0])
             if run:
                 here[...] = rows[low : low + count]
             else:
                 out[target] = rows[wanted.within]
 
+    def _decode_chunk(
+        self, layer: int, chunk: int, encoded: memoryview, place: NDArray[Any]
+    ) -> None:
+        try:
+            self._decode(encoded, place.reshape(-1).view(np.uint8))
+        except FormatError as error:
+            raise self._damaged(layer, chunk, str(error)) from error
+
+    def _turned(self, place: NDArray[Any]) -> NDArray[Any]:
+        """Give the rows of a chunk as it is stored, without its layer."""
+        storage = self._storage
+        if storage.order is not None:
+            turned = place.reshape([storage.chunk[axis] for axis in storage.order])
+            place = turned.transpose(np.argsort(storage.order))
+        return place.reshape(storage.chunk[self.axis :])
+
+    def _decode(self, encoded: memoryview, out: NDArray[np.uint8]) -> None:
+        codecs.decode_into(self._storage.config, encoded, out)
+
+    def is_written(self, layer: int, chunk: int) -> bool:
+        """Whether a chunk of a layer is there; the others hold the fill value."""
+        shard, number = divmod(chunk, self._per_shard)
+        index = self._index(layer, shard, self._per_shard)
+        return index is not None and int(index[number, 0]) != EMPTY
+
+    def chunk(self, layer: int, chunk: int) -> NDArray[Any] | None:
+        """Read a whole chunk, with what stands in it behind the end of the array.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            [chunk_rows, *row_shape]; None where it was not written.
+        """
+        encoded = self._encoded(layer, chunk)
+        if encoded is None:
+            return None
+        place = np.empty(self._storage.chunk, self.dtype)
+        self._decode_chunk(layer, chunk, encoded, place)
+        return self._turned(place)
+
+    @property
+    def _per_shard(self) -> int:
+        return self._storage.shard[self.axis] // self._storage.chunk[self.axis]
+
     def _encoded(self, layer: int, chunk: int) -> memoryview | None:
         """Read a chunk's bytes, checked against their checksum; None where it was not written."""
-        per_shard = self._storage.shard[self.axis] // self._storage.chunk[self.axis]
-        shard, number = divmod(chunk, per_shard)
-        index = self._index(layer, shard, per_shard)
+        shard, number = divmod(chunk, self._per_shard)
+        index = self._index(layer, shard, self._per_shard)
         if index is None:
             return None
         offset, length = map(int, index[number])
@@ -249,7 +293,8 @@ class ShardedRows:
         if length > self._storage.chunk_bytes + (1 << 16):
             raise self._damaged(layer, chunk, f"the index says that it has {length} bytes")
         with self._path(layer, shard).open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), length, offset)
+            file.seek(offset)
+            data = file.read(length)
         if len(data) < length or not is_sealed(data):
             raise self._damaged(layer, chunk, "its bytes don't match their checksum")
         return memoryview(data)[:-4]
@@ -279,7 +324,7 @@ class ShardedRows:
                 self._indices.popitem(last=False)
         return found
 
-    def _path(self, layer: int, shard: int) -> Path:
+    def _path(self, layer: int, shard: int) -> Place:
         place = (*(layer,) * self.axis, shard, *(0,) * len(self._storage.row_shape))
         return shard_path(self.folder.parent, self.folder.name, place)
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import crc32c as castagnoli
 import numpy as np
@@ -19,6 +19,7 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from actstore import codecs, files
+from actstore.archive.zipped import Place, ZipPath
 from actstore.errors import ConfigError
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 Bytes = NDArray[np.uint8]
+PlaceT = TypeVar("PlaceT", Path, ZipPath, Place)
 
 EMPTY: Final = (1 << 64) - 1
 _INDEX_BYTES: Final = 16  # of a chunk: its place and its length
@@ -266,7 +268,7 @@ def is_sealed(data: bytes) -> bool:
     return len(data) >= _CRC.size and castagnoli.crc32c(body) == _CRC.unpack(seal)[0]
 
 
-def shard_path(folder: Path, name: str, place: tuple[int, ...]) -> Path:
+def shard_path(folder: PlaceT, name: str, place: tuple[int, ...]) -> PlaceT:
     """Give the file of a shard of an array, by its place in the grid of shards."""
     return folder.joinpath(name, "c", *map(str, place))
 
@@ -299,7 +301,7 @@ def write_shard(path: Path, shard: Bytes) -> int:
     return shard.nbytes
 
 
-def check_shard(path: Path, present: NDArray[np.bool_]) -> Iterator[tuple[int, str]]:
+def check_shard(path: Place, present: NDArray[np.bool_]) -> Iterator[tuple[int, str]]:
     """Check the index of a shard's file, and every chunk; one chunk is in memory at a time.
 
     Parameters

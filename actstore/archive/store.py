@@ -1,30 +1,45 @@
 """Owns the Zarr store on disk: its metadata, its small arrays, and how it is opened.
 
-The one importer of zarr, when arrays are opened or made: what an archive says of itself is read
-without. The bytes of large arrays are ``shards.py``'s; whether they are intact,
-``checks.py``'s.
+The one importer of zarr. What the root says is read by ``root.py``, without; the bytes of large
+arrays are ``shards.py``'s; whether they are intact, ``checks.py``'s.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import crc32c as castagnoli
 import numpy as np
+import xarray as xr
+import zarr
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import ZipStore
 
 from actstore import files
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import GROUPS, plain_json
+from actstore.archive.root import (
+    FORMAT,
+    NO_CRC,
+    VERSION,
+    arrays_of,
+    check_identity,
+    is_archive,
+    metadata_crc,
+    parse_root,
+    read_attributes,
+    read_root,
+)
 from actstore.archive.shards import codec_metadata
-from actstore.errors import ArchiveError, FormatError, UnsupportedVersionError
-
-if TYPE_CHECKING:
-    import xarray as xr
+from actstore.archive.zipped import Place, ZipPath
+from actstore.errors import ArchiveError
 
 __all__ = [
     "FORMAT",
@@ -35,20 +50,18 @@ __all__ = [
     "is_archive",
     "metadata_crc",
     "open_xarray",
+    "parse_root",
     "read_attributes",
     "read_part",
     "read_root",
     "read_rows",
+    "write_metadata",
+    "write_part",
 ]
 
-FORMAT: Final = "actstore"
-VERSION: Final = 0
 _SMALL_CHUNK: Final = 1 << 20  # elements along each dimension
 _CHUNK_ELEMENTS: Final = 1 << 24  # in all
-_JSON_LIMIT: Final = 1 << 30
 _METADATA: Final = "zarr.json"
-_CRC_KEY: Final = b'"metadata_crc32c": "'
-_NO_CRC: Final = "00000000"
 
 
 class ArchiveWriter:
@@ -94,9 +107,6 @@ class ArchiveWriter:
 
     def add_small(self, coordinate: Coordinate, group: str = "") -> None:
         """Write a small array, whole; every chunk is there and has a checksum."""
-        import zarr
-        from zarr.codecs import BloscCodec, Crc32cCodec
-
         values = coordinate.values
         text = values.dtype == STRING
         size = 1 if text else values.itemsize
@@ -156,7 +166,7 @@ class ArchiveWriter:
             The metadata of all that is in the archive, by name; all of it is durable.
         """
         rest = {name: said for name, said in attributes.items() if name != "metadata_crc32c"}
-        root = _group({"metadata_crc32c": _NO_CRC, **plain_json(rest)}) | {
+        root = _group({"metadata_crc32c": NO_CRC, **plain_json(rest)}) | {
             "consolidated_metadata": {
                 "kind": "inline",
                 "must_understand": False,
@@ -165,7 +175,7 @@ class ArchiveWriter:
         }
         data = json.dumps(root, indent=2).encode()
         crc = f"{castagnoli.crc32c(data):08x}".encode()
-        files.atomic_write(self.folder / _METADATA, data.replace(_NO_CRC.encode(), crc, 1))
+        files.atomic_write(self.folder / _METADATA, data.replace(NO_CRC.encode(), crc, 1))
 
     def _write_metadata(self, name: str, metadata: Mapping[str, Any]) -> None:
         data = json.dumps(metadata, indent=2).encode()
@@ -193,121 +203,61 @@ def _fill(dtype: np.dtype) -> Any:
     return False if dtype.kind == "b" else 0
 
 
-def metadata_crc(data: bytes) -> tuple[str, str]:
-    """Give the checksum that a root ``zarr.json`` says it has, and that which it has.
-
-    It is the CRC-32C of the file with zeros for the checksum's own eight digits.
-    """
-    place = data.find(_CRC_KEY) + len(_CRC_KEY)
-    if place < len(_CRC_KEY):
-        return "", ""
-    end = place + len(_NO_CRC)
-    found = castagnoli.crc32c(data[:place] + _NO_CRC.encode() + data[end:])
-    return data[place:end].decode("ascii", "replace"), f"{found:08x}"
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a folder is one of our archives, of whatever version."""
-    try:
-        read_attributes(path)
-    except UnsupportedVersionError:
-        return True
-    except FormatError:
-        return False
-    return True
-
-
-def read_root(path: Path) -> dict[str, Any]:
-    """Read the root metadata of an archive: its attributes, and the metadata of all in it.
-
-    Raises
-    ------
-    FormatError
-        The folder is none of our archives.
-    UnsupportedVersionError
-        It is one of a version that this actstore doesn't know.
-    """
-    place = path / "zarr.json"
-    wanted = f"wanted a Zarr v3 group whose attribute 'format' is {FORMAT!r}"
-    try:
-        root: dict[str, Any] = json.loads(_read_json(place))
-        kind, version = (root["attributes"][name] for name in ("format", "format_version"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        msg = f"{path} is no archive of actstore: {wanted}; {error!r}"
-        raise FormatError(msg) from error
-    if kind != FORMAT:
-        msg = f"{path} is no archive of actstore: {wanted}; found {kind!r}"
-        raise FormatError(msg)
-    if version != VERSION:
-        msg = (
-            f"{path} is an archive of version {version!r}; this actstore reads version {VERSION}: "
-            "install the version that wrote it, or open it with xarray.open_zarr"
-        )
-        raise UnsupportedVersionError(msg)
-    return root
-
-
-def read_attributes(path: Path) -> dict[str, Any]:
-    """Read the root attributes of an archive; raises as `read_root` does."""
-    return dict(read_root(path)["attributes"])
-
-
-def _read_json(place: Path) -> bytes:
-    """Read metadata, unless it is larger than any that is worth parsing."""
-    if place.stat().st_size > _JSON_LIMIT:
-        msg = f"{place} is over {_JSON_LIMIT} bytes"
-        raise ValueError(msg)
-    return place.read_bytes()
-
-
-def check_identity(path: Path) -> None:
-    """Raise as `read_attributes`, unless this is an archive whose root metadata is damaged.
-
-    Such a one still says that it has a checksum, in bytes that nothing else has there.
-    """
-    try:
-        read_attributes(path)
-    except UnsupportedVersionError:
-        raise
-    except FormatError:
-        place = path / "zarr.json"
-        if not place.is_file() or place.stat().st_size > _JSON_LIMIT:
-            raise
-        if metadata_crc(place.read_bytes())[0] == "":
-            raise
-
-
-def open_xarray(path: Path, group: str = "") -> xr.Dataset:
+def open_xarray(path: Place, group: str = "") -> xr.Dataset:
     """Open an archive, or a group of it, lazily, without dask."""
-    import xarray as xr
-
+    held = _Zip(path.file, mode="r") if isinstance(path, ZipPath) else path
     dataset: xr.Dataset = xr.open_zarr(
-        path, group=group or None, chunks=None, consolidated=not group, zarr_format=3
+        held, group=group or None, chunks=None, consolidated=not group, zarr_format=3
     )
     return dataset
 
 
-def arrays_of(root: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Give the metadata of all arrays of an archive, by their names, of what `read_root` read."""
-    below = root["consolidated_metadata"]["metadata"]
-    return {name: said for name, said in below.items() if said["node_type"] == "array"}
-
-
-def read_rows(folder: Path, name: str, place: tuple[int, ...], first: int, last: int) -> Any:
+def read_rows(folder: Place, name: str, place: tuple[int, ...], first: int, last: int) -> Any:
     """Read rows of an array by zarr-python: a decoder that is not ours."""
-    import zarr
-
-    array: Any = zarr.open_array(folder / name, mode="r", zarr_format=3)
-    found: NDArray[Any] = np.asarray(array[(*place, slice(first, last))])
+    found: NDArray[Any] = np.asarray(_open(folder, name)[(*place, slice(first, last))])
     if found.shape[0] != last - first:
         msg = f"{folder / name} has {found.shape[0]} of the rows {first} to {last}"
         raise ArchiveError(msg)
     return found
 
 
-def read_part(folder: Path, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
+def read_part(folder: Place, name: str, part: tuple[slice, ...]) -> NDArray[Any]:
     """Read a part of an array."""
-    import zarr
+    return np.asarray(_open(folder, name)[part])
 
-    array: Any = zarr.open_array(folder / name, mode="r", zarr_format=3)
-    return np.asarray(array[part])
+
+def write_metadata(folder: Path, name: str, said: Mapping[str, Any]) -> None:
+    """Write the metadata of an array or a group, as another archive has it."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    files.write_new(folder / name / "zarr.json", [json.dumps(said, indent=2).encode()])
+
+
+def write_part(folder: Path, name: str, part: tuple[slice, ...], values: NDArray[Any]) -> None:
+    """Write whole chunks of an array whose metadata is there; each chunk, whatever it holds."""
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        array: Any = zarr.open_array(folder / name, mode="r+", zarr_format=3)
+        array[part] = values
+
+
+def _open(folder: Place, name: str) -> Any:
+    if isinstance(folder, ZipPath):
+        said = folder.file.stat()
+        held = _held(folder.file, said.st_size, said.st_mtime_ns)
+        return zarr.open_array(held, path=name, mode="r", zarr_format=3)
+    return zarr.open_array(folder / name, mode="r", zarr_format=3)
+
+
+@lru_cache(maxsize=2)
+def _held(path: Path, _size: int, _mtime: int) -> ZipStore:
+    return _Zip(path, mode="r")
+
+
+class _Zip(ZipStore):
+    """A zip whose damage is an error of ours."""
+
+    async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().get(key, *args, **kwargs)
+        except zipfile.BadZipFile as error:
+            msg = f"{self.path}/{key} is damaged: {error}; see actstore.verify"
+            raise ArchiveError(msg) from error

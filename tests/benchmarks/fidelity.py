@@ -33,6 +33,8 @@ from machine import machine
 from trained import BATCH, MODEL, windows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from actstore.archive.precision import Precision, decoded
+
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 #: [rows, features] float32, of which the first axis is that of tokens -> the same, reconstructed.
 METHODS: dict[str, Rounding] = {}
@@ -42,49 +44,26 @@ RIDGE: Final = 1e-3  # of the mean eigenvalue of the features' covariance
 # -- methods ------------------------------------------------------------------------------------
 
 
-def mantissa(bits: int) -> Rounding:
-    """Keep so many bits of the mantissa of a float32: to nearest, ties to even."""
-    drop = 23 - bits
+def by(name: str) -> Rounding:
+    """Keep rows at a precision of `actstore.compact`, and read them."""
+    precision = Precision.parse(name)
 
     def rounded(rows: torch.Tensor) -> torch.Tensor:
-        raw = rows.contiguous().view(torch.int32)
-        raw = raw + ((1 << (drop - 1)) - 1) + ((raw >> drop) & 1)
-        return ((raw >> drop) << drop).view(torch.float32)
+        values = rows.numpy()
+        if not precision.coded:
+            return torch.from_numpy(precision.rounded(values)[0])
+        codes = precision.quantised(values)
+        assert codes is not None
+        return torch.from_numpy(decoded(codes.codes, codes.scale, values.dtype))
 
     return rounded
 
 
-def int8(rows: torch.Tensor) -> torch.Tensor:
-    """Keep 8-bit integers and a scale for each row: its largest value is 127."""
-    scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return (rows / scale).round().clamp(-127, 127) * scale
-
-
-def nmse(target: float) -> Rounding:
-    """Round to multiples of a step for each row, such that its error is so much of its square.
-
-    The error of a uniform step s is s²/12 (Bennett, "Spectra of quantized signals", 1948).
-    """
-
-    def rounded(rows: torch.Tensor) -> torch.Tensor:
-        step = (12 * target * rows.square().mean(-1, keepdim=True)).sqrt().clamp_min(1e-30)
-        return (rows / step).round() * step
-
-    return rounded
-
-
-METHODS.update(
-    {
-        "none": lambda rows: rows,
-        "mantissa 6": mantissa(6),
-        "mantissa 4": mantissa(4),
-        "mantissa 3": mantissa(3),
-        "bfloat16": lambda rows: rows.to(torch.bfloat16).to(torch.float32),
-        "int8, a scale a row": int8,
-        "nmse 2e-5": nmse(2e-5),
-        "nmse 2e-4": nmse(2e-4),
-    }
+PRECISIONS: Final = (
+    *("bfloat16", "relative=0.0078125", "relative=0.03125", "relative=0.0625"),
+    *("int8", "nmse=2e-5", "nmse=2e-4", "nmse=1e-3", "mse=1e-3"),
 )
+METHODS.update({"all": lambda rows: rows, **{name: by(name) for name in PRECISIONS}})
 
 
 # -- the model ----------------------------------------------------------------------------------
