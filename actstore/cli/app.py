@@ -131,6 +131,9 @@ Layers = Annotated[
 ]
 Memory = Annotated[float, typer.Option(metavar="GB", help="Memory, at most.")]
 Workers = Annotated[int, typer.Option(metavar="N", help="Threads.")]
+Dim = Annotated[
+    str | None, typer.Option("--dim", metavar="NAME", help="The token axis, where there are two.")
+]
 Precisions = Annotated[
     list[str] | None,
     typer.Option(
@@ -297,9 +300,7 @@ def tokens(
         bool, typer.Option("--generated", metavar="", help="Recorded tokens, not rows.")
     ] = False,
     limit: Annotated[int, typer.Option(metavar="N", min=0, help="Lines at most; 0 is all.")] = 40,
-    dim: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The token axis, where there are two.")
-    ] = None,
+    dim: Dim = None,
 ) -> None:
     """Show the labels of the rows: token, pass, position, step, and annotations."""
     from actstore.cli import looking
@@ -444,6 +445,133 @@ def append(
             logs, archive, workers=workers, max_memory_gb=max_memory_gb, progress=progress
         )
     out.result({**_line_of(found), "ratio": found.ratio}, lambda _: screens.compacted(found))
+
+
+class Form(Enum):
+    """What other tools read."""
+
+    PARQUET = "parquet"
+    SAFETENSORS = "safetensors"
+    SAELENS = "saelens"
+
+
+class Gzip(Enum):
+    """What HDF5's chunks are compressed by."""
+
+    GZIP = "gzip"
+    ZSTD = "zstd"
+    NONE = "none"
+
+
+Names = Annotated[
+    list[str] | None,
+    typer.Option("--name", metavar="LAYER=NAME", help="Call a layer; may be given again."),
+]
+
+
+@command(
+    "export",
+    "actstore export run.zarr run.h5",
+    "actstore export run.zarr run.zarr.zip",
+    "actstore export run.zarr rows.safetensors --layers model.layers.3",
+)
+def export(  # noqa: PLR0913 - options of a command, each by its name
+    out: Output,
+    *,
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="An archive or a log.")],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DST",
+            help="All of it: .h5, .zarr.zip. Rows, for other tools: .parquet, .safetensors, or a "
+            "folder for SAELens.",
+        ),
+    ],
+    compression: Annotated[
+        Gzip | None, typer.Option(metavar="NAME", help="Of an .h5: gzip, zstd, none.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layers", metavar="NAME", help="Of rows: these; may be given again."),
+    ] = None,
+    form: Annotated[
+        Form | None,
+        typer.Option("--format", metavar="NAME", help="parquet, safetensors, saelens."),
+    ] = None,
+    name: Names = None,
+    context_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Rows of a sequence, for SAELens.")
+    ] = None,
+    dim: Dim = None,
+    max_memory_gb: Memory = 1.0,
+) -> None:
+    """Make one file of an archive or a log, to be read by others."""
+    from actstore.cli import exchange, screens
+
+    found = exchange.export(
+        out,
+        source,
+        target,
+        compression=compression.value if compression else None,
+        layers=layers,
+        form=form.value if form else None,
+        names=name,
+        context_size=context_size,
+        dim=dim,
+        max_memory_gb=max_memory_gb,
+    )
+    out.result(found, lambda _: screens.exchanged(found))
+
+
+@command(
+    "import",
+    "actstore import run.h5 again.zarr",
+    "actstore import rows.safetensors rows.stream",
+)
+def import_(  # noqa: PLR0913 - options of a command, each by its name
+    out: Output,
+    *,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="What export made (.h5, .zarr.zip), or another tool's file or folder.",
+        ),
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="An archive, run.zarr, or a log, run.stream.")
+    ],
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="vllm, saelens, activault, saev, torch, folder; else found by the files.",
+        ),
+    ] = None,
+    name: Names = None,
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Token ids, .npy, of folder and torch.")
+    ] = None,
+    layer_id: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Of vllm's layers, in order; may be given again."),
+    ] = None,
+    max_memory_gb: Memory = 1.0,
+) -> None:
+    """Make an archive or a log of one file, or of what another tool wrote."""
+    from actstore.cli import exchange, screens
+
+    found = exchange.import_(
+        out,
+        source,
+        target,
+        kind=kind,
+        names=name,
+        tokens=tokens,
+        layer_ids=layer_id,
+        max_memory_gb=max_memory_gb,
+    )
+    out.result(found, lambda _: screens.exchanged(found))
 
 
 @command("bench", "actstore bench --megabytes 64")

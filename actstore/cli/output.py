@@ -79,7 +79,7 @@ class Output:
             stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False
         )
 
-    def result(self, document: Any, screen: Callable[[Console], RenderableType | None]) -> None:
+    def result(self, document: Any, screen: Callable[[Console], RenderableType]) -> None:
         """Say what a command found: as JSON, or as a screen."""
         if self.json:
             # allow_nan is off so that it is JSON for every reader
@@ -89,8 +89,10 @@ class Output:
             return
         console = self.console()
         drawn = screen(console)
-        if drawn is not None:
+        with console.capture() as captured:
             console.print(drawn)
+        for line in captured.get().splitlines():
+            sys.stdout.write(line.rstrip() + "\n")
 
     def say(self, text: str) -> None:
         """Say something beside the result."""

@@ -473,3 +473,41 @@ def measured(console: Console, found: Any) -> Group:
     ]
     total = f"{size(found.raw_bytes)} of bfloat16 in {duration(found.seconds)}"
     return lines(table(console, ["what", "measured"], rows, numbers=("measured",)), total)
+
+
+def exchanged(found: Any) -> Table:
+    """Show what an export or an import made, whatever says it."""
+    given = {name: getattr(found, name) for name in found.__slots__}
+    many = ("arrays", "chunks", "verified", "passes", "rows", "packets")
+    nbytes = [f"{size(given[name])} {told}" for name, told in _BYTES.items() if name in given]
+    return facts(
+        [
+            (str(given.get("kind") or given.get("format") or "archive"), str(found.path)),
+            ("layers", _some([str(one) for one in given.get("layers", ())])),
+            ("holds", ", ".join(f"{count(given[name])} {name}" for name in many if name in given)),
+            ("left out", f"{count(given['left_out'])} rows" if given.get("left_out") else ""),
+            ("bytes", ", ".join(nbytes)),
+            ("took", duration(found.seconds)),
+        ]
+    )
+
+
+#: What reports call bytes -> what is said of them.
+_BYTES: Final = {"raw_bytes": "of values", "stored_bytes": "stored", "nbytes": "stored"}
+
+
+def statistics(console: Console, found: Sequence[Mapping[str, Any]], *, each: bool) -> Table:
+    """Show statistics of variables, or of layers."""
+    columns = ("mean", "std", "minimum", "maximum", "zeros", "row_norm")
+    titles = ["variable", *(["block"] if each else []), "mean", "std", "min", "max", "zeros",
+              "|row|", "odd"]  # fmt: skip
+    rows = [
+        [
+            one["variable"],
+            *([str(one["block"]) if one["block"] is not None else ""] if each else []),
+            *(f"{one[name]:.1%}" if name == "zeros" else number(one[name]) for name in columns),
+            count(one["nonfinite"]),
+        ]
+        for one in found
+    ]
+    return table(console, titles, rows, folds=("variable",), numbers=titles[1:])
