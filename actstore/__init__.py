@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from actstore.grouping import group_statistics as group_statistics
     from actstore.importing import import_archive as import_archive
     from actstore.packets import packet_table as packet_table
+    from actstore.sharing import About as About
+    from actstore.sharing import Privacy as Privacy
+    from actstore.sharing import share as share
+    from actstore.sharing import what_leaves as what_leaves
     from actstore.stream.reader import open_stream as open_stream
     from actstore.stream.recover import recover as recover
     from actstore.verification import verify as verify
@@ -40,12 +44,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "About": "actstore.sharing",
     "ActstoreError": "actstore.errors",
     "HookConfig": "actstore.config",
     "HookGranularity": "actstore.config",
     "InstrumentationConfig": "actstore.config",
     "InstrumentationFramework": "actstore.framework",
     "Precision": "actstore.archive.precision",
+    "Privacy": "actstore.sharing",
     "add_coordinates": "actstore.enriching",
     "analyze_activations_with_tokens": "actstore.framework",
     "append": "actstore.appending",
@@ -61,17 +67,21 @@ _HOMES = {
     "packet_table": "actstore.packets",
     "recover": "actstore.stream.recover",
     "remove_added": "actstore.enriching",
+    "share": "actstore.sharing",
     "suggest_config": "actstore.capture.preview",
     "verify": "actstore.verification",
+    "what_leaves": "actstore.sharing",
 }
 
 __all__ = [
+    "About",
     "ActstoreError",
     "HookConfig",
     "HookGranularity",
     "InstrumentationConfig",
     "InstrumentationFramework",
     "Precision",
+    "Privacy",
     "add_coordinates",
     "analyze_activations_with_tokens",
     "append",
@@ -87,8 +97,10 @@ __all__ = [
     "packet_table",
     "recover",
     "remove_added",
+    "share",
     "suggest_config",
     "verify",
+    "what_leaves",
 ]
 
 
