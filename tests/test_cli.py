@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,14 @@ from actstore.overview import Overview, layer_lines, site_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent / "archive"))
-from logs import LogBuilder, axis, decoder_log  # noqa: E402
+from logs import LogBuilder, axis, decoder_log, files_of  # noqa: E402
 
 MODEL = str(ROOT / "examples" / "tiny-llama")
 COMMANDS = [one.name for one in app.registered_commands]
 ESCAPE = "\x1b"
 PARTS = {"self_attn": "attn", "block_sparse_mixture_of_experts": "mlp", "a_long_norm": "a_norm"}
 #: What has to be there for those that come later.
-ORDER = ("capture", "info", "ls", "tokens", "recover", "compact")
+ORDER = ("capture", "info", "ls", "tokens", "recover", "compact", "export", "import")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -413,6 +414,59 @@ def test_bench_measures_and_leaves_nothing(tmp_path: Path) -> None:
     assert all(value > 0 for value in said.values())
 
 
+def test_stats_put_the_features_of_a_layer_together(files: Path) -> None:
+    path = files / "deep.zarr"
+    said = found_by("stats", path, "--variable", "resid", "--variable", "mlp", "--each")
+    with actstore.open_dataset(path, chunks=None) as dataset:
+        for one in said["statistics"]:
+            values = dataset[one["variable"]].sel(layer=one["block"]).values.astype(np.float64)
+            wanted = {
+                "count": values.size,
+                "nonfinite": 0,
+                "mean": values.mean(),
+                "std": values.std(),
+                "rms": np.sqrt(np.square(values).mean()),
+                "minimum": values.min(),
+                "maximum": values.max(),
+                "zeros": (values == 0).mean(),
+                "row_norm": np.linalg.norm(values, axis=-1).mean(),
+            }
+            assert {name: one[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+        (whole,) = found_by("stats", path, "--variable", "resid")["statistics"]
+        values = dataset.resid.values.astype(np.float64)
+        assert whole["std"] == pytest.approx(values.std())
+        assert whole["count"] == values.size
+    assert len(said["statistics"]) == 100
+    assert "no variable 'odd'" in invoke("stats", path, "--variable", "odd").stderr
+
+
+def test_stats_count_what_is_not_finite(files: Path) -> None:
+    shown = invoke("stats", files / "run.stream")
+    assert shown.exit_code == 0, shown.output
+    said = {one["variable"]: one for one in found_by("stats", files / "run.stream")["statistics"]}
+    with actstore.open_dataset(files / "run.stream", chunks=None) as dataset:
+        for name, one in said.items():
+            assert one["nonfinite"] == int((~np.isfinite(dataset[name].values)).sum())
+
+
+@pytest.mark.parametrize("ending", [".h5", ".zarr.zip"])
+def test_an_archive_is_exported_and_imported_the_same(
+    files: Path, tmp_path: Path, ending: str
+) -> None:
+    one, again = tmp_path / f"one{ending}", tmp_path / "again.zarr"
+    made = found_by("export", files / "run.zarr", one)
+    assert made["stored_bytes"] == one.stat().st_size
+    assert found_by("verify", one)["ok"]
+    whole, file = found_by("info", files / "run.zarr"), found_by("info", one)
+    assert whole["kind"] == "archive"
+    ways = ("path", "kind", "file_bytes")
+    assert {**file, **{name: whole[name] for name in ways}} == whole
+    assert file["file_bytes"] == one.stat().st_size
+    assert found_by("ls", one)["layers"] == found_by("ls", files / "run.zarr")["layers"]
+    found_by("import", one, again)
+    assert files_of(again) == files_of(files / "run.zarr")
+
+
 # -- how it ends --------------------------------------------------------------------------------
 
 
@@ -422,6 +476,11 @@ def test_bench_measures_and_leaves_nothing(tmp_path: Path) -> None:
         (("info", "nothing"), 3, "nothing at nothing"),
         (("info", ROOT / "README.md"), 3, "README.md"),
         (("verify", ROOT / "tests"), 3, "no archive"),
+        (("export", "nothing", "out.odd"), 3, ".zarr.zip"),
+        (("export", "nothing", "out.h5", "--layers", "a"), 3, "layers"),
+        (("export", "nothing", "out.parquet", "--compression", "gzip"), 3, ".h5"),
+        (("import", "nothing.h5", "out.zarr"), 3, "nothing.h5"),
+        (("import", "nothing", "out.zarr", "--name", "a"), 3, "LAYER=NAME"),
         (("info",), 2, "PATH"),
         (("nothing",), 2, "nothing"),
         (("compact", "one"), 2, "LOG"),
@@ -610,6 +669,11 @@ SCREENS = [
     ("verify", "damaged.zarr"),
     ("recover", "damaged.stream", "recovered.stream"),
     ("compact", "deep.stream", "compacted.zarr"),
+    ("append", "later.stream", "run.zarr"),
+    ("export", "deep.zarr", "made.h5"),
+    ("import", "made.h5", "made.zarr"),
+    ("stats", "deep.zarr"),
+    ("stats", "run.zarr", "--each"),
     ("bench", "--megabytes", "8"),
 ]
 
@@ -620,17 +684,20 @@ def too_wide(text: str, width: int = 80) -> list[str]:
 
 @pytest.mark.parametrize("arguments", SCREENS, ids=" ".join)
 def test_screens_fit_and_no_number_is_cut(
-    files: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+    files: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
 ) -> None:
-    monkeypatch.chdir(files)
+    place = tmp_path_factory.getbasetemp() / "screens"
+    if not place.exists():
+        shutil.copytree(files, place)
+    monkeypatch.chdir(place)
     done = invoke(*arguments)
-    assert done.stdout
+    assert done.stdout, done.output
     assert not too_wide(done.stdout)
     assert ESCAPE not in done.output
     assert not re.search(r"\d…|…\d+(\s|$)", done.stdout.replace("…}", "}").replace(",…,", ","))
-    for name in ("recovered.stream", "compacted.zarr"):
-        made = files / name
-        shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
 
 
 def test_every_layer_of_two_hundred_is_told_from_the_others(files: Path) -> None:
@@ -799,6 +866,13 @@ def test_python_m_actstore_is_the_command() -> None:
         capture_output=True, text=True, check=True, env=environment(),
     )  # fmt: skip
     assert done.stdout == f"actstore {actstore.__version__}\n"
+
+
+def test_the_package_installs_it_as_the_command_actstore() -> None:
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert said["scripts"] == {"actstore": "actstore.cli:main"}
+    assert {"typer", "rich"} <= {re.split(r"\W", one)[0] for one in
+                                 said["optional-dependencies"]["cli"]}  # fmt: skip
 
 
 def test_completion_is_offered() -> None:

@@ -528,7 +528,7 @@ def export(  # noqa: PLR0913 - options of a command, each by its name
     "actstore import run.h5 again.zarr",
     "actstore import rows.safetensors rows.stream",
 )
-def import_(  # noqa: PLR0913 - options of a command, each by its name
+def import_(
     out: Output,
     *,
     source: Annotated[

@@ -496,18 +496,23 @@ def exchanged(found: Any) -> Table:
 _BYTES: Final = {"raw_bytes": "of values", "stored_bytes": "stored", "nbytes": "stored"}
 
 
-def statistics(console: Console, found: Sequence[Mapping[str, Any]], *, each: bool) -> Table:
+def statistics(console: Console, found: Sequence[Mapping[str, Any]], *, each: bool) -> Group:
     """Show statistics of variables, or of layers."""
-    columns = ("mean", "std", "minimum", "maximum", "zeros", "row_norm")
-    titles = ["variable", *(["block"] if each else []), "mean", "std", "min", "max", "zeros",
-              "|row|", "odd"]  # fmt: skip
+    shown = {"mean": "mean", "std": "std", "minimum": "min", "maximum": "max", "zeros": "zeros",
+             "row_norm": "|row|"}  # fmt: skip
+    odd = any(one["nonfinite"] for one in found)
+    titles = ["variable", *(["block"] if each else []), *shown.values(), *(["nan, inf"] * odd)]
     rows = [
         [
             one["variable"],
             *([str(one["block"]) if one["block"] is not None else ""] if each else []),
-            *(f"{one[name]:.1%}" if name == "zeros" else number(one[name]) for name in columns),
-            count(one["nonfinite"]),
+            *(f"{one[name]:.1%}" if name == "zeros" else number(one[name]) for name in shown),
+            *([count(one["nonfinite"])] * odd),
         ]
         for one in found
     ]
-    return table(console, titles, rows, folds=("variable",), numbers=titles[1:])
+    values = count(sum(one["count"] for one in found))
+    return lines(
+        table(console, titles, rows, folds=("variable",), numbers=titles[1:]),
+        f"{values} values, without padding" + ("" if odd else "; all are finite"),
+    )
