@@ -187,6 +187,8 @@ def _feed(
 
 def _told(progress: Progress, framework: Any, wanted: Wanted) -> Any:
     """Give what tells how far a capture is: tokens, and GB/s that are written."""
+    from actstore.cli.screens import rate
+
     began = time.monotonic()
 
     def tell(fed: Any) -> None:
@@ -199,8 +201,8 @@ def _told(progress: Progress, framework: Any, wanted: Wanted) -> Any:
             if wanted.generate
             else int(tokens * done / max(fed.samples, 1))
         )
-        rate = framework.captured_bytes / max(time.monotonic() - began, 1e-9) / 1e9
-        progress(counted, max(total, counted), f"{rate:.2f} GB/s")
+        a_second = framework.captured_bytes / max(time.monotonic() - began, 1e-9)
+        progress(counted, max(total, counted), rate(a_second, "bytes"))
 
     return tell
 

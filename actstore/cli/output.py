@@ -93,6 +93,7 @@ class Output:
             console.print(drawn)
         for line in captured.get().splitlines():
             sys.stdout.write(line.rstrip() + "\n")
+        sys.stdout.flush()
 
     def say(self, text: str) -> None:
         """Say something beside the result."""
