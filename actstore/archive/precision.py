@@ -248,7 +248,7 @@ class Precision:
 
     def _compare(self, rows: Floats, found: Floats) -> Errors:
         finite = np.isfinite(rows)
-        with np.errstate(invalid="ignore"):  # signalling NaNs
+        with np.errstate(invalid="ignore"):  # of NaNs that signal
             wide, off = rows.astype(np.float64), found.astype(np.float64)
         if not finite.all():  # these stay, bit for bit
             if not np.array_equal(finite, np.isfinite(found)):
