@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 
 import actstore
 from actstore.archive import grid
+from actstore.archive.reading import ShardedRows
 from actstore.errors import ConfigError
 from actstore.stream.reader import StreamReader
 
@@ -566,19 +566,19 @@ def test_every_layer_of_a_model_is_what_it_returned(tmp_path: Path, name: str) -
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Give what is read of an archive's arrays: the file, and where in it; None if it is whole."""
     seen: list[tuple[str, Any]] = []
-    get, pread = zarr.storage.LocalStore.get, os.pread
+    get, encoded = zarr.storage.LocalStore.get, ShardedRows._encoded
 
     async def get_seen(self: Any, key: str, prototype: Any, byte_range: Any = None) -> Any:
         seen.append((key, None if byte_range is None else getattr(byte_range, "start", "index")))
         return await get(self, key, prototype, byte_range)
 
-    def pread_seen(file: int, length: int, offset: int) -> bytes:
-        path = str(Path(f"/proc/self/fd/{file}").readlink())
-        seen.append((path.partition(".zarr/")[2], offset))
-        return pread(file, length, offset)
+    def encoded_seen(self: ShardedRows, layer: int, chunk: int) -> Any:
+        path = self._path(layer, chunk // self._per_shard)
+        seen.append((str(path).partition(".zarr/")[2], chunk))
+        return encoded(self, layer, chunk)
 
     monkeypatch.setattr(zarr.storage.LocalStore, "get", get_seen)
-    monkeypatch.setattr(os, "pread", pread_seen)
+    monkeypatch.setattr(ShardedRows, "_encoded", encoded_seen)
     return seen
 
 
