@@ -431,7 +431,9 @@ def test_stats_put_the_features_of_a_layer_together(files: Path) -> None:
                 "zeros": (values == 0).mean(),
                 "row_norm": np.linalg.norm(values, axis=-1).mean(),
             }
-            assert {name: one[name] for name in wanted} == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+            assert {name: one[name] for name in wanted} == pytest.approx(
+                wanted, rel=1e-5, abs=1e-6
+            )
         (whole,) = found_by("stats", path, "--variable", "resid")["statistics"]
         values = dataset.resid.values.astype(np.float64)
         assert whole["std"] == pytest.approx(values.std())

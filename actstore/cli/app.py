@@ -473,7 +473,6 @@ Names = Annotated[
     "export",
     "actstore export run.zarr run.h5",
     "actstore export run.zarr run.zarr.zip",
-    "actstore export run.zarr rows.safetensors --layers model.layers.3",
 )
 def export(  # noqa: PLR0913 - options of a command, each by its name
     out: Output,
@@ -526,7 +525,6 @@ def export(  # noqa: PLR0913 - options of a command, each by its name
 @command(
     "import",
     "actstore import run.h5 again.zarr",
-    "actstore import rows.safetensors rows.stream",
 )
 def import_(
     out: Output,

@@ -68,7 +68,7 @@ def stats(
 ) -> None:
     """Show statistics of each variable, or of each layer."""
     import actstore
-    from actstore import analysis
+    from actstore.analysis import statistics
 
     found = []
     with actstore.open_dataset(path, chunks=None) as dataset:
@@ -86,9 +86,7 @@ def stats(
         with out.progress(f"stats {path.name}") as progress:
             for place, name in enumerate(names):
                 progress(sum(sizes[:place]), sum(sizes))
-                told = analysis.statistics(
-                    dataset, name, workers=workers, max_memory_gb=max_memory_gb
-                )
+                told = statistics(dataset, name, workers=workers, max_memory_gb=max_memory_gb)
                 found += _lines(told, name, each=each)
     out.result(
         {"path": path, "statistics": found},

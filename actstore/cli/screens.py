@@ -22,6 +22,7 @@ __all__ = [
     "fold",
     "layers_screen",
     "lines",
+    "many",
     "number",
     "overview_screen",
     "rate",
@@ -53,6 +54,11 @@ def _digits(value: float) -> str:
 def count(many: int) -> str:
     """Give a whole number."""
     return f"{many:,}"
+
+
+def many(number_of: int, what: str, more: str | None = None) -> str:
+    """Give a number of things."""
+    return f"{count(number_of)} {what if number_of == 1 else more or what + 's'}"
 
 
 def ratio(value: float | None) -> str:
@@ -195,7 +201,7 @@ def overview_screen(one: Overview) -> Table:
             ("precision", _precision(one)),
             ("errors", _errors(one)),
             ("speed", _speed(one.summary)),
-            ("damage", f"{count(len(one.damage))} places, first at {one.damage[0]}"
+            ("damage", f"{many(len(one.damage), 'place')}, first at {one.damage[0]}"
                        if one.damage else ""),
             ("provenance", _provenance(one.provenance)),
         ]
@@ -231,9 +237,9 @@ def _run(run: Mapping[str, Any]) -> str:
 def _captured(one: Overview, capture: Mapping[str, Any]) -> str:
     parts = [
         str(capture.get("granularity") or ""),
-        f"{count(len(one.per_layer))} layers",
-        f"{count(one.packets)} packets in {count(one.passes)} passes",
-        f"{count(one.tokens)} recorded tokens" if one.tokens else "",
+        many(len(one.per_layer), "layer"),
+        f"{many(one.packets, 'packet')} in {many(one.passes, 'pass', 'passes')}",
+        many(one.tokens, "recorded token") if one.tokens else "",
         f"rows {capture['rows']!r} only" if capture.get("rows") else "",
     ]
     return ", ".join(filter(None, parts))
@@ -372,7 +378,7 @@ def _cell(value: Any, name: str) -> str:
 
 def verified(console: Console, found: Any) -> Group:
     """Show what a verification found."""
-    said = "intact" if found.ok else f"DAMAGED in {count(len(found.damage))} places"
+    said = "intact" if found.ok else f"DAMAGED in {many(len(found.damage), 'place')}"
     checked = ", ".join(f"{count(many)} {name}" for name, many in found.checked.items())
     whole = "" if found.complete else "no: its writer ended early; what it committed is there"
     top = facts(
@@ -416,27 +422,32 @@ def recovered(found: Any) -> Group:
     )  # fmt: skip
 
 
-def compacted(found: Any) -> Group:
+def compacted(found: Any) -> Table:
     """Show what a compaction made."""
+    return facts(_compacted(found))
+
+
+def _compacted(found: Any) -> list[tuple[str, str]]:
     rows = ", ".join(f"{count(rows)} on {dim}" for dim, rows in found.rows.items())
     resumed = f", {count(found.shards_resumed)} of an earlier call" if found.shards_resumed else ""
     rate_said = rate(found.raw_bytes / max(found.seconds, 1e-9), "bytes")
-    return lines(
-        facts(
-            [
-                ("archive", str(found.path)),
-                ("rows", f"{rows}; {count(len(found.variables))} variables"),
-                ("bytes", f"{size(found.raw_bytes)} in {size(found.stored_bytes)}, "
-                          f"{ratio(found.ratio)} smaller"),
-                ("verified", f"{count(found.shards_verified)} shards, "
-                             f"{count(found.chunks_verified)} chunks{resumed}"),
-                ("took", f"{duration(found.seconds)}, {rate_said}"),
-            ]
-        )
-    )  # fmt: skip
+    return [
+        ("archive", str(found.path)),
+        ("rows", f"{rows}; {count(len(found.variables))} variables"),
+        (
+            "bytes",
+            f"{size(found.raw_bytes)} in {size(found.stored_bytes)}, {ratio(found.ratio)} smaller",
+        ),
+        (
+            "verified",
+            f"{count(found.shards_verified)} shards, "
+            f"{count(found.chunks_verified)} chunks{resumed}",
+        ),
+        ("took", f"{duration(found.seconds)}, {rate_said}"),
+    ]
 
 
-def captured(fed: Any, said: Mapping[str, Any], report: Any) -> Group:
+def captured(fed: Any, said: Mapping[str, Any], report: Any) -> Table:
     """Show what a capture did."""
     skipped = f", {count(fed.skipped)} were there before" if fed.skipped else ""
     cut = f", {count(fed.truncated)} cut to what is fed" if fed.truncated else ""
@@ -450,14 +461,15 @@ def captured(fed: Any, said: Mapping[str, Any], report: Any) -> Group:
         seconds = max(said["duration_seconds"], 1e-9)
         tokens = _rounded((fed.tokens + fed.generated) / seconds)
         pairs += [
-            ("packets", f"{count(said['packets_written'])} in {count(said['passes'])} passes"),
+            ("packets", f"{count(said['packets_written'])} in "
+                        f"{many(said['passes'], 'pass', 'passes')}"),
             ("bytes", f"{size(said['raw_bytes'])} in {size(said['encoded_bytes'])}, "
                       f"{ratio(said['raw_bytes'] / max(said['encoded_bytes'], 1))} smaller"),
             ("took", f"{duration(seconds)}: {tokens} tokens/s, "
                      f"{rate(said['sustained_gbps'] * 1e9, 'bytes')}, "
                      f"hooks {said['share_in_hooks']:.1%} of it"),
         ]  # fmt: skip
-    return lines(facts(pairs), *([compacted(report)] if report is not None else []))
+    return facts([*pairs, *(_compacted(report) if report is not None else [])])
 
 
 def measured(console: Console, found: Any) -> Group:
