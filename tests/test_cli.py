@@ -408,6 +408,71 @@ def test_generated_tokens_are_those_that_the_model_generates(tmp_path: Path) -> 
     assert (again["skipped"], again["generated"]) == (2, 0)
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with an encoder and an encoder-decoder, whose weights are random."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        BertConfig,
+        BertModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    bert = BertConfig(
+        vocab_size=2048, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=16,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=2048, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+        decoder_start_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    models = {"bert": BertModel(bert), "t5": T5ForConditionalGeneration(t5)}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder / name)
+    return folder
+
+
+def test_an_encoder_is_captured_too(others: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run.stream"
+    texts = "A set of\nThe elements of a set are many and the list of them is long, and longer"
+    done = invoke("capture", others / "bert", log, "--text", "-", "--batch-size", 2, "-q",
+                  "--granularity", "mlp_only", given=texts)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    lengths = [len(one) for one in captured(log).values()]
+    assert lengths[0] < lengths[1] == 16
+    with actstore.open_dataset(log) as dataset:
+        assert dataset.mlp.shape == (2, 32, 32)
+        assert int((~dataset.is_padding).sum()) == sum(lengths)
+
+
+def test_an_encoder_decoder_generates_and_goes_on(others: Path, tmp_path: Path) -> None:
+    log, whole = tmp_path / "gen.stream", tmp_path / "whole.stream"
+    how = ("--prompt", "A set of", "--prompt", "B", "--granularity", "mlp_only", "--generate")
+    found_by("capture", others / "t5", log, *how, 3)
+    said = found_by("capture", others / "t5", log, *how, 6, "--resume")
+    assert said["generated"] == 6
+    found_by("capture", others / "t5", whole, *how, 6)
+    tokens: list[dict[Any, list[int]]] = []
+    for path in (log, whole):
+        rows = found_by("tokens", path, "--dim", "decoder_token", "--limit", 0)["rows"]
+        found: dict[Any, list[int]] = {}
+        for row in rows:
+            found.setdefault(row["decoder_sample_id"], []).append(row["decoder_step"])
+        tokens.append({name: [one for one in steps if one >= 0] for name, steps in found.items()})
+    assert {name: len(steps) for name, steps in tokens[0].items()} == {1: 6, 2: 6}
+    assert {name: len(steps) for name, steps in tokens[1].items()} == {1: 6, 2: 6}
+    shown = invoke("tokens", log, "--dim", "decoder_token")
+    assert not too_wide(shown.stdout)
+    assert "sample_id" in shown.stdout
+    assert invoke("tokens", log).exit_code == 3
+    assert "encoder-decoder" in invoke("capture", others / "t5", log, "--prompt", "a").stderr
+
+
 def test_bench_measures_and_leaves_nothing(tmp_path: Path) -> None:
     said = found_by("bench", "--megabytes", 8, "--folder", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -515,6 +580,16 @@ def test_an_error_is_a_document_too_and_debug_shows_where() -> None:
     assert said["type"] == "MissingFileError"
     assert "nothing at nothing" in said["error"]
     assert "Traceback" in invoke("info", "nothing", "--debug").stderr
+
+
+def test_a_fault_of_ours_is_no_damage_and_shows_where(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actstore, "verify", lambda *_, **__: 1 / 0)
+    done = invoke("verify", files / "run.stream")
+    assert done.exit_code == 3
+    assert "ZeroDivisionError" in done.stderr
+    assert "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -856,7 +931,7 @@ def test_without_what_the_command_wants_it_says_what_to_install(missing: str) ->
         env=environment(),
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert done.stderr == (
         f"the actstore command wants {missing}: pip install 'actstore[cli]'\n"
     )  # fmt: skip

@@ -16,9 +16,9 @@ def main() -> None:
     """Run the command that the process was started with."""
     missing = [name for name in ("typer", "rich") if find_spec(name) is None]
     if missing:
-        sys.exit(
-            f"the actstore command wants {' and '.join(missing)}: pip install 'actstore[cli]'"
-        )
+        wanted = " and ".join(missing)
+        print(f"the actstore command wants {wanted}: pip install 'actstore[cli]'", file=sys.stderr)
+        sys.exit(3)
     from actstore.cli.app import app
 
     app(prog_name="actstore")

@@ -16,7 +16,7 @@ def tokens(
     out: Output, path: Path, find: list[str], *, generated: bool, limit: int, dim: str | None
 ) -> None:
     """Show labels of rows, or recorded tokens."""
-    table = _recorded(path, find) if generated else _rows(path, find, dim)
+    prefix, table = ("", _recorded(path, find)) if generated else _rows(path, find, dim)
     shown = table.head(limit) if limit else table
     rows = shown.to_numpy(object).tolist()
     columns = [str(one) for one in table.columns]
@@ -25,25 +25,27 @@ def tokens(
         "total": len(table),
         "rows": [dict(zip(columns, row, strict=True)) for row in rows],
     }
+    titles = [one.removeprefix(prefix) for one in columns]
     left = len(table) - len(shown)
-    out.result(document, lambda console: screens.tokens_screen(console, columns, rows, left))
+    out.result(document, lambda console: screens.tokens_screen(console, titles, rows, left))
 
 
-def _rows(path: Path, find: list[str], dim: str | None) -> Any:
+def _rows(path: Path, find: list[str], dim: str | None) -> tuple[str, Any]:
+    """Give the labels of rows, and what their names begin with where there are two axes."""
     import actstore
 
     with actstore.open_dataset(path, chunks=None) as dataset:
-        found = dataset if not find else dataset.actstore.tokens(find, dim=dim)
-        table = found.actstore.table(dim=dim)
-        if find:  # the place in the whole
-            whole = dataset.actstore.table(dim=dim)
-            table.index = whole.index[_matching(whole, find)]
-        return table.rename_axis(index="row").reset_index()
+        table = dataset.actstore.table(dim=dim)
+    prefix = str(table.index.name).removesuffix("token")
+    if find:
+        table = table[_matching(table[f"{prefix}token_text"], find)]
+    return prefix, table.rename_axis(index="row").reset_index()
 
 
-def _matching(whole: Any, find: list[str]) -> Any:
-    texts = [form for one in find for form in (one, f" {one}")]
-    return whole["token_text"].isin(texts).to_numpy()
+def _matching(texts: Any, find: list[str]) -> Any:
+    """Tell which texts are meant, as ``dataset.actstore.tokens`` does."""
+    behind = [f" {one}" for one in find if not one[:1].isspace()]
+    return texts.isin([*find, *behind]).to_numpy()
 
 
 def _recorded(path: Path, find: list[str]) -> Any:
@@ -54,7 +56,7 @@ def _recorded(path: Path, find: list[str]) -> Any:
 
     with actstore.open_stream(path) as reader:
         table = pd.DataFrame(summarise_tokens(reader))
-    return table[_matching(table, find)] if find and len(table) else table
+    return table[_matching(table["token_text"], find)] if find and len(table) else table
 
 
 def stats(
