@@ -25,7 +25,7 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 import actstore
-from actstore.cli import output, screens
+from actstore.cli import drawing, output
 from actstore.cli.app import app
 from actstore.overview import Overview, layer_lines, site_lines
 
@@ -534,6 +534,24 @@ def test_an_archive_is_exported_and_imported_the_same(
     assert files_of(again) == files_of(files / "run.zarr")
 
 
+def test_share_makes_a_folder_and_says_what_leaves(files: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    privacy = actstore.Privacy(hash_text="secret", drop_labels=["topic"])
+    wanted = plain(actstore.what_leaves(files / "run.zarr", privacy=privacy))
+    how = ("--hash-text", key, "--drop-label", "topic")
+    said = found_by("share", files / "run.zarr", tmp_path / "none", "--list", *how)
+    assert said["leaving"] == wanted
+    assert not (tmp_path / "none").exists()
+    sent = tmp_path / "sent"
+    found_by("share", files / "run.zarr", sent, *how, "--licence", "CC0-1.0", "--creator", "Ada")
+    assert "topic" not in actstore.open_dataset(sent / "run.zarr").coords
+    card = (sent / "README.md").read_text()
+    assert "CC0-1.0" in card
+    assert "Ada" in card
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=sent, check=True)
+
+
 # -- how it ends --------------------------------------------------------------------------------
 
 
@@ -749,6 +767,8 @@ SCREENS = [
     ("append", "later.stream", "run.zarr"),
     ("export", "deep.zarr", "made.h5"),
     ("import", "made.h5", "made.zarr"),
+    ("share", "deep.zarr", "sent"),
+    ("share", "deep.zarr", "none", "--list"),
     ("stats", "deep.zarr"),
     ("stats", "run.zarr", "--each"),
     ("bench", "--megabytes", "8"),
@@ -774,7 +794,8 @@ def test_screens_fit_and_no_number_is_cut(
     assert done.stdout, done.output
     assert not too_wide(done.stdout)
     assert ESCAPE not in done.output
-    assert not re.search(r"\d…|…\d+(\s|$)", done.stdout.replace("…}", "}").replace(",…,", ","))
+    numbers = re.sub(r"'[^']*'|,…,|…}", "", done.stdout)  # of what is folded only texts are
+    assert not re.search(r"\d…|…\d+(\s|$)", numbers)
 
 
 def test_every_layer_of_two_hundred_is_told_from_the_others(files: Path) -> None:
@@ -866,13 +887,13 @@ def test_progress_tells_rate_and_time_left_of_what_takes_over_a_second(
     ],
 )
 def test_sizes_have_three_digits(value: float, text: str) -> None:
-    assert screens.size(value) == text
+    assert drawing.size(value) == text
 
 
 @pytest.mark.parametrize("width", range(1, 14))
 def test_a_folded_name_keeps_both_ends_and_the_width(width: int) -> None:
     for text in ("model.layers.3", "模型.层.三.注意力"):
-        found = screens.fold(text, width)
+        found = drawing.fold(text, width)
         assert cell_len(found) <= width
         head, gap, tail = found.partition("…")
         assert text.startswith(head)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
+from actstore.cli import exchange
 from actstore.cli.common import (
     Codec,
     Dim,
     Dtype,
     File,
-    Form,
-    Gzip,
     Layers,
     Logs,
     Memory,
-    Names,
     Order,
     Precisions,
     Profile,
@@ -30,6 +28,12 @@ from actstore.cli.output import DAMAGED, Output
 from actstore.config import HookGranularity
 
 __all__ = ["app"]
+
+#: As ``--help`` lists them.
+_ORDER: Final = (
+    *("capture", "info", "ls", "tokens", "stats", "verify", "recover"),
+    *("compact", "append", "export", "import", "share", "bench"),
+)
 
 # -- capture --------------------------------------------------------------------------------------
 
@@ -334,109 +338,6 @@ def append(
     out.result({**_line_of(found), "ratio": found.ratio}, lambda _: screens.compacted(found))
 
 
-@command(
-    "export",
-    "actstore export run.zarr run.h5",
-    "actstore export run.zarr run.zarr.zip",
-)
-def export(  # noqa: PLR0913 - options of a command, each by its name
-    out: Output,
-    *,
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="An archive or a log.")],
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DST",
-            help="All of it: .h5, .zarr.zip. Rows, for other tools: .parquet, .safetensors, or a "
-            "folder for SAELens.",
-        ),
-    ],
-    compression: Annotated[
-        Gzip | None, typer.Option(metavar="NAME", help="Of an .h5: gzip, zstd, none.")
-    ] = None,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option("--layers", metavar="NAME", help="Of rows: these; may be given again."),
-    ] = None,
-    form: Annotated[
-        Form | None,
-        typer.Option("--format", metavar="NAME", help="parquet, safetensors, saelens."),
-    ] = None,
-    name: Names = None,
-    context_size: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Rows of a sequence, for SAELens.")
-    ] = None,
-    dim: Dim = None,
-    max_memory_gb: Memory = 1.0,
-) -> None:
-    """Make one file of an archive or a log, to be read by others."""
-    from actstore.cli import exchange, screens
-
-    found = exchange.export(
-        out,
-        source,
-        target,
-        compression=compression.value if compression else None,
-        layers=layers,
-        form=form.value if form else None,
-        names=name,
-        context_size=context_size,
-        dim=dim,
-        max_memory_gb=max_memory_gb,
-    )
-    out.result(found, lambda _: screens.exchanged(found))
-
-
-@command(
-    "import",
-    "actstore import run.h5 again.zarr",
-)
-def import_(
-    out: Output,
-    *,
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SRC",
-            help="What export made (.h5, .zarr.zip), or another tool's file or folder.",
-        ),
-    ],
-    target: Annotated[
-        Path, typer.Argument(metavar="DST", help="An archive, run.zarr, or a log, run.stream.")
-    ],
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="vllm, saelens, activault, saev, torch, folder; else found by the files.",
-        ),
-    ] = None,
-    name: Names = None,
-    tokens: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Token ids, .npy, of folder and torch.")
-    ] = None,
-    layer_id: Annotated[
-        list[int] | None,
-        typer.Option(metavar="N", help="Of vllm's layers, in order; may be given again."),
-    ] = None,
-    max_memory_gb: Memory = 1.0,
-) -> None:
-    """Make an archive or a log of one file, or of what another tool wrote."""
-    from actstore.cli import exchange, screens
-
-    found = exchange.import_(
-        out,
-        source,
-        target,
-        kind=kind,
-        names=name,
-        tokens=tokens,
-        layer_ids=layer_id,
-        max_memory_gb=max_memory_gb,
-    )
-    out.result(found, lambda _: screens.exchanged(found))
-
-
 @command("bench", "actstore bench --megabytes 64")
 def bench(
     out: Output,
@@ -468,3 +369,7 @@ def _version(
 
         sys.stdout.write(f"actstore {actstore.__version__}\n")
         raise typer.Exit
+
+
+assert exchange  # noqa: S101 - its commands are registered
+app.registered_commands.sort(key=lambda one: _ORDER.index(str(one.name)))

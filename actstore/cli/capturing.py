@@ -187,7 +187,7 @@ def _feed(
 
 def _told(progress: Progress, framework: Any, wanted: Wanted) -> Any:
     """Give what tells how far a capture is: tokens, and GB/s that are written."""
-    from actstore.cli.screens import rate
+    from actstore.cli.drawing import rate
 
     began = time.monotonic()
 

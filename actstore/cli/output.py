@@ -175,7 +175,7 @@ class Progress:
             self._output.say(f"{self._doing}  {share}{said}")
 
     def _said(self, done: int, total: int, now: float, more: str) -> str:
-        from actstore.cli.screens import duration, rate
+        from actstore.cli.drawing import duration, rate
 
         made, seconds = done - (self._first or 0), max(now - self._began, 1e-9)
         parts = [rate(made / seconds, self._unit), *([more] if more else [])]
