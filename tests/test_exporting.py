@@ -400,12 +400,13 @@ def test_a_chunk_that_reads_back_wrong_is_told(
     assert left_in(plain.parent) == {"run.stream", "run.zarr"}
 
 
+@pytest.mark.parametrize("gone", [False, True])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_damaged_archive_is_not_exported(plain: Path, suffix: str) -> None:
+def test_a_damaged_archive_is_not_exported(plain: Path, suffix: str, gone: bool) -> None:
     shard = plain / "resid" / "c" / "1" / "0" / "0"
     data = bytearray(shard.read_bytes())
     data[5] ^= 1
-    shard.write_bytes(data)
+    shard.unlink() if gone else shard.write_bytes(data)
     with pytest.raises(ArchiveError, match="resid"):
         actstore.export(plain, plain.with_name(f"out.{suffix}"))
     assert left_in(plain.parent) == {"run.stream", "run.zarr"}

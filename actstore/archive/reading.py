@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from actstore import codecs
 from actstore.archive.precision import EXACT, SCALE, decoded
 from actstore.archive.shards import EMPTY, index_bytes, is_sealed, shard_path
-from actstore.archive.zipped import Place
+from actstore.archive.zipped import Place, read_at
 from actstore.errors import ArchiveError, FormatError
 
 __all__ = ["CodedRows", "Rows", "ShardedRows", "Storage", "fill_of", "value_rows"]
@@ -293,8 +293,7 @@ class ShardedRows:
         if length > self._storage.chunk_bytes + (1 << 16):
             raise self._damaged(layer, chunk, f"the index says that it has {length} bytes")
         with self._path(layer, shard).open("rb", buffering=0) as file:
-            file.seek(offset)
-            data = file.read(length)
+            data = read_at(file, length, offset)
         if len(data) < length or not is_sealed(data):
             raise self._damaged(layer, chunk, "its bytes don't match their checksum")
         return memoryview(data)[:-4]

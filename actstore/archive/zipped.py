@@ -24,7 +24,7 @@ from typing import IO, Any, Final, NamedTuple
 
 from actstore.errors import FormatError
 
-__all__ = ["Place", "ZipPath", "is_zip", "member_names", "pack", "unexpected"]
+__all__ = ["Place", "ZipPath", "is_zip", "member_names", "pack", "read_at", "unexpected"]
 
 _LOCAL: Final = struct.Struct("<4s5H3I2H")
 _CENTRAL: Final = struct.Struct("<4s6H3I5H2I")
@@ -296,11 +296,23 @@ class ZipPath:
 Place = Path | ZipPath
 
 
+def read_at(file: Any, length: int, offset: int) -> bytes:
+    """Read bytes of what a `Place` opened, unbuffered, at an offset; fewer where it ends."""
+    begin = 0
+    if isinstance(file, _Range):
+        begin, length = file.begin, max(min(length, file.size - offset), 0)
+    return os.pread(file.fileno(), length, begin + offset)
+
+
 class _Range(io.RawIOBase):
     """Some of the bytes of a file, as a file."""
 
     def __init__(self, file: Any, begin: int, size: int) -> None:
-        self._file, self._begin, self._size, self._at = file, begin, size, 0
+        self.begin, self.size = begin, size
+        self._file, self._at = file, 0
+
+    def fileno(self) -> int:
+        return int(self._file.fileno())
 
     def readable(self) -> bool:
         return True
@@ -309,17 +321,15 @@ class _Range(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = (
-            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        )
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
         return self._at
 
     def tell(self) -> int:
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        wanted = memoryview(buffer)[: max(self._size - self._at, 0)]
-        count = os.preadv(self._file.fileno(), [wanted], self._begin + self._at) if wanted else 0
+        wanted = memoryview(buffer)[: max(self.size - self._at, 0)]
+        count = os.preadv(self.fileno(), [wanted], self.begin + self._at) if wanted else 0
         self._at += count
         return count
 

@@ -126,7 +126,11 @@ class Hdf5Check:
         for array in archive.arrays.values():
             if array.name in there:
                 mine = attributes_of(array.attributes, array)
-                yield from _said(archive, array.name, mine, array, scales)
+                yield from _said(archive, array.name, mine)
+
+        yield from _of_scales(
+            archive, {name: one for name, one in scales.items() if name in there}
+        )
 
     # -- values
 
@@ -163,17 +167,14 @@ def _batches(places: Iterator[Grid]) -> Iterator[list[Grid]]:
 
 def _wanted(archive: Hdf5Archive, array: Array) -> NDArray[np.bool_] | None:
     """Give which chunks hold a row that is there, as the companion says; None: all."""
-    companion = archive.arrays.get(f"{array.name}_present")
-    if companion is None or companion.shape != array.shape[: len(companion.shape)]:
+    companion = array.companion(archive.arrays)
+    if companion is None:
         return None
     try:
         present = archive.part(companion.name, tuple(map(slice, [0] * 9, companion.shape)))
     except ArchiveError:
         return np.zeros(array.grid(), np.bool_)  # the companion's own check says so
-    for axis, part in enumerate(array.cut()[: present.ndim]):
-        present = np.logical_or.reduceat(present, range(0, array.shape[axis], part), axis=axis)
-    found: NDArray[np.bool_] = present
-    return found
+    return array.wanted(present)
 
 
 def _walk(group: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
@@ -206,49 +207,63 @@ def _said(
     archive: Hdf5Archive,
     name: str,
     attributes: Mapping[str, Any],
-    array: Array | None = None,
-    scales: Mapping[str, tuple[int, bool]] | None = None,
 ) -> Iterator[Finding]:
-    """Compare the attributes of an object, and an array's dimensions, with what they must be."""
+    """Compare the attributes of an object with what they must be."""
     try:
         made = archive.file[name or "/"]
     except _OF_HDF5 as error:
         yield Finding(name, f"it can't be opened: {error}")
         return
     yield from _attributes(made, name, attributes)
-    if array is not None:
-        yield from _dims(made, array, scales or {})
 
 
 def _attributes(made: Any, name: str, wanted: Mapping[str, Any]) -> Iterator[Finding]:
     """Compare attributes with what they must be."""
     try:
-        found = {key: value for key, value in made.attrs.items() if key not in _STRUCTURE}
+        keys = [key for key in made.attrs if key not in _STRUCTURE]
+        # strings of variable length are none of ours, and in a heap that may be endless
+        found = {key: made.attrs[key] for key in keys if _is_plain(made, key)}
     except _OF_HDF5 as error:
         yield Finding(name, f"its attributes can't be read: {error}")
         return
+    found |= dict.fromkeys(set(keys) - set(found))
     for key in sorted(found.keys() | wanted.keys()):
         if key not in found or key not in wanted or not _equal(found[key], wanted[key]):
             yield Finding(name, f"its attribute {key!r} isn't what the archive's metadata say")
 
 
+def _is_plain(made: Any, key: str) -> bool:
+    kind = h5py.h5a.open(made.id, key.encode("utf-8", "surrogateescape")).get_type()
+    if isinstance(kind, h5py.h5t.TypeStringID):
+        return not kind.is_variable_str()
+    return isinstance(kind, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID)
+
+
 def _equal(one: Any, other: Any) -> bool:
     mine, its = np.asarray(one), np.asarray(other)
+    if mine.dtype.kind == "S":
+        mine = np.char.decode(mine, "utf-8", "replace")
     if mine.dtype.kind in "fiu" and its.dtype.kind in "fiu":
         return np.array_equal(mine, its, equal_nan=True)
     return bool(mine.tolist() == its.tolist())
 
 
-def _dims(made: Any, array: Array, scales: Mapping[str, tuple[int, bool]]) -> Iterator[Finding]:
-    wanted = [
-        f"/{scale_of(array, dim, size, scales)}"
-        for dim, size in zip(array.dims, array.shape, strict=True)
-    ]
-    if wanted == [f"/{array.name}"]:
-        return
-    try:
-        found = [one[0].name for one in made.dims]
-    except (*_OF_HDF5, AttributeError) as error:
-        found = [str(error)]
-    if found != wanted:
-        yield Finding(array.name, f"its dimensions are {found}, not {wanted}")
+def _of_scales(archive: Hdf5Archive, scales: Mapping[str, tuple[int, bool]]) -> Iterator[Finding]:
+    """Compare what each scale says of whose it is; what the arrays say is in a heap."""
+    wanted: dict[str, set[tuple[str, int]]] = {}
+    for array in archive.arrays.values():
+        for axis, (dim, size) in enumerate(zip(array.dims, array.shape, strict=True)):
+            scale = scale_of(array, dim, size, scales)
+            if scale != array.name:
+                wanted.setdefault(scale, set()).add((f"/{array.name}", axis))
+    for name in scales:
+        try:
+            made = archive.file[name]
+            said = made.attrs["REFERENCE_LIST"].tolist() if name in wanted else []
+            found = {(archive.file[reference].name, axis) for reference, axis in said}
+            if found == wanted.get(name, set()):
+                continue
+        except (*_OF_HDF5, AttributeError) as error:
+            yield Finding(name, f"whose dimension it is can't be read: {error}")
+            continue
+        yield Finding(name, "it is not the dimension of what the archive's metadata say")

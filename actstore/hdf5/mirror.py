@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import crc32c as castagnoli
 import numpy as np
+from numpy.typing import NDArray
 
 from actstore.archive.coordinates import STRING
 from actstore.archive.reading import fill_of
@@ -23,6 +24,7 @@ from actstore.errors import ArchiveError, FormatError
 __all__ = [
     "METADATA",
     "PRIVATE",
+    "TEXT_CRC",
     "Array",
     "arrays",
     "attributes_of",
@@ -41,7 +43,7 @@ ESCAPE, TEXT_CRC = "nul_escape", "crc32c"
 
 _MOST_CHUNK: Final = 1 << 30  # bytes: as many as a row of an archive has at most
 _MOST_SHARDS: Final = 1 << 20  # of an array: 64 TiB of values
-_MOST_LIST: Final = 1000  # items of an attribute: HDF5 has room for 64 KiB
+_MOST_LIST: Final = 1000  # items of an attribute
 _INT64: Final = range(-(1 << 63), 1 << 63)
 _TAKEN: Final = frozenset(
     {"CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid", "_Netcdf4Coordinates"}
@@ -192,6 +194,20 @@ class Array:
         step = self.cut()[0]
         for start in range(0, self.shape[0], step):
             yield slice(start, min(start + step, self.shape[0])), *map(slice, self.shape[1:])
+
+    def companion(self, found: Mapping[str, Array]) -> Array | None:
+        """Give the array that says which of its rows are there; None: all are."""
+        mine = found.get(f"{self.name}_present")
+        if mine is None or mine.shape != self.shape[: len(mine.shape)]:
+            return None
+        return mine
+
+    def wanted(self, present: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Give which of its chunks hold a row that is there, along the axes of ``present``."""
+        for axis, part in enumerate(self.cut()[: present.ndim]):
+            starts = range(0, self.shape[axis], part)
+            present = np.logical_or.reduceat(present, starts, axis=axis)
+        return present
 
     def part(self, place: tuple[int, ...]) -> tuple[slice, ...]:
         """Give what the chunk at a place in the grid holds of the array."""

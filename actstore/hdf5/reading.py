@@ -36,6 +36,7 @@ from actstore.hdf5.mirror import (
     text_crc,
     unescaped,
 )
+from actstore.hdf5.text import TextError, read_attribute, read_strings
 
 __all__ = ["Hdf5Archive", "Hdf5Rows", "Stored", "is_ours", "reopened"]
 
@@ -58,14 +59,7 @@ def is_ours(path: Path) -> bool:
     """Whether an HDF5 file says that it is an archive of actstore, of whatever version."""
     try:
         with h5py.File(path, "r") as file:
-            attribute = h5py.h5a.open(file.id, b"format")
-            space, kind = attribute.get_space(), attribute.get_type()
-            if space.get_simple_extent_npoints() != 1 or kind.get_class() != h5py.h5t.STRING:
-                return False
-            if not kind.is_variable_str() and kind.get_size() > len(store.FORMAT) + 1:
-                return False
-            found = file.attrs["format"]
-            return found in (store.FORMAT, store.FORMAT.encode())
+            return read_attribute(file, "format") == store.FORMAT
     except _OF_HDF5:
         return False
 
@@ -212,7 +206,8 @@ class Hdf5Archive:
         if found.filter_mask or not 0 < found.size <= nbytes + nbytes // 64 + coded.SLACK:
             reason = f"it has {found.size} bytes, and filters left out {found.filter_mask:#x}"
             raise self.damaged(array.name, place, reason)
-        data = os.pread(self._raw, found.size, found.byte_offset)
+        where = min(found.byte_offset, os.fstat(self._raw).st_size)
+        data = os.pread(self._raw, found.size, where)
         if len(data) != found.size:
             raise self.damaged(array.name, place, "the file ends within it")
         return data
@@ -242,9 +237,10 @@ class Hdf5Archive:
         if not array.nbytes:
             return np.empty(array.shape, STRING)
         try:
-            texts = np.asarray(stored.dataset.asstr()[...], object).reshape(-1).tolist()
-            wanted, has_nul = stored.dataset.attrs[TEXT_CRC], ESCAPE in stored.dataset.attrs
-        except _OF_HDF5 as error:
+            texts = read_strings(self._raw, stored.dataset.id)
+            wanted = read_attribute(stored.dataset, TEXT_CRC)
+            has_nul = read_attribute(stored.dataset, ESCAPE) is not None
+        except (*_OF_HDF5, TextError) as error:
             raise self.damaged(name, (), str(error)) from error
         if wanted != f"{text_crc(texts):08x}":
             raise self.damaged(name, (), "its strings don't match their checksum")
@@ -330,12 +326,7 @@ class Hdf5Archive:
             raise self._refused(name, f"its shape is {mine.shape}, not {array.shape}")
         if array.is_text:
             kind = h5py.check_string_dtype(mine.dtype)
-            if (
-                kind is None
-                or kind.length is not None
-                or filters
-                or array.nbytes > os.fstat(self._raw).st_size
-            ):
+            if kind is None or kind.length is not None or filters or layout != h5py.h5d.CONTIGUOUS:
                 raise self._refused(name, f"{mine.dtype} of shape {mine.shape}: no text of it")
             return "none"
         if mine.dtype != array.stored:

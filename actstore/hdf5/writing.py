@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from actstore.hdf5.mirror import (
     scale_of,
     text_crc,
 )
+from actstore.hdf5.text import read_attribute
 
 __all__ = ["Hdf5Writer"]
 
@@ -144,7 +145,7 @@ class Hdf5Writer:
         """Write groups, arrays without values, attributes and dimensions."""
         for name, said in groups(self.root).items():
             group = file.require_group(name or "/")
-            group.attrs.update(attributes_of(said))
+            _set_attributes(group, attributes_of(said))
         for number, (name, (size, is_array)) in enumerate(self._scales.items()):
             if is_array:
                 scale = self._create(file, self.arrays[name])
@@ -165,10 +166,8 @@ class Hdf5Writer:
         mine = file.create_dataset(METADATA, data=np.frombuffer(self.data, np.uint8))
         mine.make_scale(METADATA.rpartition("/")[2])
         mine.attrs["_Netcdf4Dimid"] = np.int32(len(self._scales))
-        file[PRIVATE].attrs["about"] = (
-            "The archive's own metadata, which actstore reads; all else of it is also in HDF5's "
-            "terms. See schemas/hdf5.md of actstore."
-        )
+        about = "The archive's metadata, which actstore reads. See schemas/hdf5.md of actstore."
+        _set_attributes(file[PRIVATE], {"about": about})
 
     def _create(self, file: Any, array: Array) -> Any:
         options: dict[str, Any] = {}
@@ -185,7 +184,7 @@ class Hdf5Writer:
         dtype = _STRING if array.is_text else array.stored
         fill = None if array.is_text else array.stored.type(array.fill)
         made = file.create_dataset(array.name, array.shape, dtype, fillvalue=fill, **options)
-        made.attrs.update(attributes_of(array.attributes, array))
+        _set_attributes(made, attributes_of(array.attributes, array))
         return made
 
     # -- values
@@ -196,7 +195,7 @@ class Hdf5Writer:
         if not array.shape:  # HDF5 has no chunks of a single value
             made[()] = store.read_part(self.source, array.name, ()).astype(array.stored)
             return
-        source = _Source(self.source, array)
+        source = _Source(self.source, array, self.arrays)
         pending: deque[tuple[Grid, Future[bytes]]] = deque()
         nbytes = int(np.prod(array.cut(), dtype=np.int64)) * array.dtype.itemsize
 
@@ -245,9 +244,9 @@ class Hdf5Writer:
             made[part] = np.array(texts, object).reshape(lengths)
             crc = text_crc(texts, crc)
             self._done(16 * len(texts))
-        if has_nul:
-            made.attrs[ESCAPE] = "backslash"
-        made.attrs[TEXT_CRC] = f"{crc:08x}"
+        _set_attributes(
+            made, {TEXT_CRC: f"{crc:08x}", **({ESCAPE: "backslash"} if has_nul else {})}
+        )
 
     def _texts(self, array: Array, part: tuple[slice, ...]) -> list[str]:
         found = store.read_part(self.source, array.name, part)
@@ -261,7 +260,7 @@ class Hdf5Writer:
             crc = 0
             for part in array.lines() if array.nbytes else ():
                 crc = text_crc(np.asarray(made.asstr()[part], object).reshape(-1).tolist(), crc)
-            if f"{crc:08x}" != made.attrs[TEXT_CRC]:
+            if f"{crc:08x}" != read_attribute(made, TEXT_CRC):
                 raise _unverified(array, ())
             return
         written = self._written.get(array.name, _Written())
@@ -279,6 +278,17 @@ class Hdf5Writer:
                 raise _unverified(array, place)
 
 
+def _set_attributes(made: Any, values: Mapping[str, Any]) -> None:
+    """Write attributes, strings in fixed length: they lie in the object's header, checksummed."""
+    for name, value in values.items():
+        if isinstance(value, str | list):
+            texts = [one.encode() for one in ([value] if isinstance(value, str) else value)]
+            kind = h5py.string_dtype("utf-8", max(1, *map(len, texts)))
+            made.attrs.create(name, np.array(texts[0] if isinstance(value, str) else texts, kind))
+        else:
+            made.attrs[name] = value
+
+
 def _unverified(array: Array, place: Grid) -> ArchiveError:
     msg = (
         f"{array.name} at chunk {place} doesn't read back as the archive has it; nothing was "
@@ -290,17 +300,34 @@ def _unverified(array: Array, place: Grid) -> ArchiveError:
 class _Source:
     """What reads the chunks of an archive's array."""
 
-    def __init__(self, folder: Place, array: Array) -> None:
+    def __init__(self, folder: Place, array: Array, others: Mapping[str, Array]) -> None:
         self.array = array
         self._folder = folder
         self._rows = ShardedRows.of(folder / array.name, array.said) if array.sharded else None
         self.axis = 0 if self._rows is None else self._rows.axis
+        self._companion = array.companion(others)
 
     def places(self) -> Iterator[Grid]:
-        """Give the chunks that are there; all, where it can't be told."""
+        """Give the chunks that are there; all, where it can't be told.
+
+        Raises
+        ------
+        ArchiveError
+            One is not there, though its rows are.
+        """
+        wanted: NDArray[np.bool_] | None = None
+        if self._companion is not None:
+            whole = tuple(map(slice, self._companion.shape))
+            wanted = self.array.wanted(store.read_part(self._folder, self._companion.name, whole))
         for place in self.array.places():
             if self._rows is None or self._rows.is_written(*self._at(place)):
                 yield place
+            elif wanted is None or wanted[place[: wanted.ndim]]:
+                msg = (
+                    f"{self._folder}: chunk {place} of {self.array.name!r} is not there, though "
+                    "its rows are; see actstore.verify"
+                )
+                raise ArchiveError(msg)
 
     def chunk(self, place: Grid) -> NDArray[Any]:
         """Read a whole chunk, as HDF5 has it: filled up behind the end of the array."""

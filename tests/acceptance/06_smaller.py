@@ -7,6 +7,7 @@ captured, compacted at each precision, and read back from the archive.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -24,6 +25,7 @@ sys.path[:0] = [
 ]
 
 import numpy as np
+import out_of_core
 import precision as limits
 import torch
 import trained
@@ -35,6 +37,7 @@ import actstore
 
 TOKENS = 8192
 ADVERSARIES = 300
+PASSES, ROUNDS = 128, 3
 NMSE_PLAIN, NMSE, MSE = 2e-5, 2e-4, 1e-3
 
 
@@ -219,6 +222,24 @@ def bounds_hold() -> str:
     return f"{tried} archives of {len(every)} precisions, {whole} of them kept whole, none broken"
 
 
+def sums_without_memory() -> str:
+    """Summarise an archive of ten times the budget, in turns with reading it."""
+    gc.collect()
+    with tempfile.TemporaryDirectory(dir=FOLDER) as place:
+        archive, size = out_of_core.make(Path(place), PASSES)
+        reading, must = out_of_core.READING[0], out_of_core.MUST
+        found = out_of_core.measure(archive, size / 10, ROUNDS, (reading, must))
+    ratio = found[reading]["seconds"] / found[must]["seconds"]
+    over = found[must]["bytes"] - size / 10 * 1e9
+    said = (
+        f"{size:.2f} GB, a budget of {size / 10:.2f}: {ratio:.2f} of the speed of reading "
+        f"({size / found[reading]['seconds']:.2f} GB/s); RSS {over / 1e6:+.0f} MB from the budget"
+    )
+    assert ratio >= 0.5, said
+    assert over <= 200e6, said
+    return said
+
+
 if __name__ == "__main__":
     raise SystemExit(
         run(
@@ -229,6 +250,7 @@ if __name__ == "__main__":
                 "≥ 2.1x of bfloat16 at NMSE < 2e-4": codes_of_bfloat16,
                 "≥ 3x of bfloat16 at MSE < 1e-3 where rms ≤ 1": squared_error,
                 "Stated bounds are never broken": bounds_hold,
+                "10 × the budget: RSS ≤ budget + 200 MB, ≥ 0.5 of reading": sums_without_memory,
             },
         )
     )

@@ -209,6 +209,40 @@ def fixed_text(file: Any) -> None:
     again(file, "token_text", chunks=None, dtype="S100", fillvalue=None)
 
 
+def other_heap(file: Any) -> None:
+    """Let a string be where there is no heap."""
+    place = file["token_text"].id.get_offset()
+    file.flush()
+    patch(Path(file.filename), place + 4, struct.pack("<Q", place))
+
+
+def endless_heap(file: Any) -> None:
+    """Let an object of the heap of strings have no length: HDF5 goes round it for ever."""
+    place = file["token_text"].id.get_offset()
+    file.flush()
+    path = Path(file.filename)
+    heap = struct.unpack_from("<Q", path.read_bytes(), place + 4)[0]
+    patch(path, heap + 16, bytes(16 * 20))
+
+
+def long_strings(file: Any) -> None:
+    place = file["token_text"].id.get_offset()
+    file.flush()
+    patch(Path(file.filename), place, b"\xff" * 4)
+
+
+def patch(path: Path, place: int, data: bytes) -> None:
+    with path.open("r+b") as raw:
+        raw.seek(place)
+        raw.write(data)
+
+
+def endless_attribute(file: Any) -> None:
+    """Let an attribute be a string in a heap, which must not be read."""
+    del file.attrs["profile"]
+    file.attrs["profile"] = "balanced" * 50
+
+
 def with_root(**attributes: Any) -> Change:
     return lambda file: rewrite(file, lambda root: root["attributes"].update(attributes))
 
@@ -240,6 +274,9 @@ HOSTILE: dict[str, Change] = {
     "other text": other_text,
     "no unicode": other_unicode,
     "fixed text": fixed_text,
+    "other heap": other_heap,
+    "endless heap": endless_heap,
+    "long strings": long_strings,
     "contiguous": lambda file: again(file, "resid", chunks=None),
     "other filters": lambda file: again(file, "resid", compression="lzf", compression_opts=None),
     "more filters": lambda file: again(file, "layer", scaleoffset=3, fletcher32=False),
@@ -332,8 +369,9 @@ def test_what_hdf5_was_written_behind_a_block_is_refused(path: Path, good: Path)
         (lambda file: file.__setitem__("out", h5py.ExternalLink("a.h5", "/")), "out"),
         (lambda file: file.attrs.__setitem__("more", 1), ""),
         (lambda file: file.attrs.__delitem__("profile"), ""),
+        (endless_attribute, ""),
         (lambda file: file["resid"].attrs.__setitem__("site", "mlp"), "resid"),
-        (lambda file: file["resid"].dims[2].detach_scale(file["feature"]), "resid"),
+        (lambda file: file["resid"].dims[2].detach_scale(file["feature"]), "feature"),
         (lambda file: file.__delitem__("text"), "text"),
     ],
 )
@@ -357,13 +395,14 @@ def flipped(data: bytes, generator: random.Random) -> bytes:
 
 
 SWEEP = """
-import sys, random, pathlib
+import faulthandler, sys, random, pathlib
 sys.path[:0] = [sys.argv[4]]
 from test_hostile_hdf5 import tried, loaded, flipped, actstore, ActstoreError
 good, first, last = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 data, place = good.read_bytes(), good.with_name(f"flipped-{first}.h5")
 wanted = loaded(good)
 for number in range(first, last):
+    faulthandler.dump_traceback_later(60, exit=True)  # where HDF5 goes round for ever
     place.write_bytes(flipped(data, random.Random(number)))
     report, read = tried(lambda: actstore.verify(place)), tried(lambda: loaded(place))
     if not isinstance(report, ActstoreError) and report.ok:
