@@ -794,8 +794,9 @@ def test_screens_fit_and_no_number_is_cut(
     assert done.stdout, done.output
     assert not too_wide(done.stdout)
     assert ESCAPE not in done.output
-    numbers = re.sub(r"'[^']*'|,…,|…}", "", done.stdout)  # of what is folded only texts are
-    assert not re.search(r"\d…|…\d+(\s|$)", numbers)
+    if arguments[0] != "share":  # whose examples are texts, of ids too
+        numbers = re.sub(r"'[^']*'|,…,|…}", "", done.stdout)
+        assert not re.search(r"\d…|…\d+(\s|$)", numbers)
 
 
 def test_every_layer_of_two_hundred_is_told_from_the_others(files: Path) -> None:
