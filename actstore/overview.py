@@ -51,6 +51,8 @@ class Overview:
         Variable -> what is kept of it, of those that give up some.
     complete : bool
         The log, or each that the archive is made of, was closed cleanly.
+    writing : bool
+        A capture is writing it.
     damage : tuple of str
         What was seen to be damaged, without looking for it.
     per_layer : mapping of str to mapping
@@ -75,6 +77,7 @@ class Overview:
     compression: str
     precision: Mapping[str, str]
     complete: bool
+    writing: bool
     damage: tuple[str, ...]
     per_layer: Mapping[str, Mapping[str, Any]]
     summary: Mapping[str, Any]
@@ -125,6 +128,7 @@ class Overview:
             file_bytes=file_bytes,
             compression=said["profile"],
             precision=dict(said.get("precision", {})),
+            writing=False,
             damage=(),
             provenance=said["provenance"],
             **_counts(found),
@@ -145,6 +149,7 @@ class Overview:
             file_bytes=found["file_bytes"],
             compression=found["compression"] or "none",
             precision={},
+            writing=files.is_locked(place),
             damage=tuple(f"byte {one.offset}: {one.reason}" for one in reader.damage),
             provenance={},
             **_counts(found),

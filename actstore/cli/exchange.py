@@ -29,6 +29,7 @@ ROWS: Final = (".parquet", ".safetensors", "")
     "export",
     "actstore export run.zarr run.h5",
     "actstore export run.zarr run.zarr.zip",
+    "actstore export run.zarr rows.safetensors --layers model.layers.3",
 )
 def export(  # noqa: PLR0913 - options of a command, each by its name
     out: Output,
@@ -81,6 +82,7 @@ def export(  # noqa: PLR0913 - options of a command, each by its name
 @command(
     "import",
     "actstore import run.h5 again.zarr",
+    "actstore import rows.safetensors rows.stream",
 )
 def import_(
     out: Output,

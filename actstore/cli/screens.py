@@ -50,7 +50,7 @@ def overview_screen(one: Overview) -> Table:
     return facts(
         [
             ("path", one.path),
-            ("what", f"{_kind(one)}, {'complete' if one.complete else 'not closed cleanly'}"),
+            ("what", f"{_kind(one)}, {_state(one)}"),
             *(("model", _model(said)) for said in first.get("models", ())),
             *(("run", _run(run)) for run in one.runs[:3]),
             *(("from", _origin(run)) for run in one.runs[:3]),
@@ -69,6 +69,12 @@ def overview_screen(one: Overview) -> Table:
             ("provenance", _provenance(one.provenance)),
         ]
     )  # fmt: skip
+
+
+def _state(one: Overview) -> str:
+    if one.writing:
+        return "being written"
+    return "complete" if one.complete else "not closed cleanly"
 
 
 def _kind(one: Overview) -> str:
