@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,7 +119,8 @@ class _Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._out.say("ending after this pass; Ctrl-C again ends at once")
+        if not self._out.quiet:  # what prints may be what was interrupted
+            os.write(sys.stderr.fileno(), b"ending after this pass; Ctrl-C again ends at once\n")
 
 
 def run(out: Output, wanted: Wanted) -> None:
