@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actstore.appending import append as append
     from actstore.archive.precision import Precision as Precision
+    from actstore.bridges.exporting import export_rows as export_rows
+    from actstore.bridges.importing import import_activations as import_activations
+    from actstore.bridges.importing import save_cache as save_cache
     from actstore.capture.preview import describe as describe
     from actstore.capture.preview import estimate as estimate
     from actstore.capture.preview import suggest_config as suggest_config
@@ -47,10 +50,13 @@ _HOMES = {
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
+    "export_rows": "actstore.bridges.exporting",
+    "import_activations": "actstore.bridges.importing",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
     "packet_table": "actstore.packets",
     "recover": "actstore.stream.recover",
+    "save_cache": "actstore.bridges.importing",
     "suggest_config": "actstore.capture.preview",
     "verify": "actstore.verification",
 }
@@ -68,10 +74,13 @@ __all__ = [
     "compact",
     "describe",
     "estimate",
+    "export_rows",
+    "import_activations",
     "open_dataset",
     "open_stream",
     "packet_table",
     "recover",
+    "save_cache",
     "suggest_config",
     "verify",
 ]

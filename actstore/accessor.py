@@ -23,7 +23,7 @@ from actstore.archive.coordinates import ROW_LABELS, prefix_of
 from actstore.archive.precision import CODING, EXACT, SCALE, Precision
 from actstore.errors import ConfigError
 
-__all__ = ["ActstoreAccessor", "remember_lazy"]
+__all__ = ["ActstoreAccessor", "beneath_dask", "remember_lazy"]
 
 #: What a dask array keeps the lazy variable under that it reads from, and its own name then.
 _LAZY: Final = "_actstore_lazy"
@@ -396,6 +396,12 @@ def _lazy_beneath(variable: xr.Variable) -> xr.Variable | None:
     found: xr.Variable = lazy.copy(deep=False)
     found.attrs, found.encoding = variable.attrs, variable.encoding
     return found
+
+
+def beneath_dask(dataset: xr.Dataset) -> xr.Dataset:
+    """Give a dataset with the lazy variables that its dask arrays read, where they are as opened."""
+    lazy = {name: _lazy_beneath(one) for name, one in dataset.variables.items()}
+    return dataset.assign({name: one for name, one in lazy.items() if one is not None})
 
 
 def _take(dataset: xr.Dataset, dim: str, rows: NDArray[np.int64]) -> xr.Dataset:
