@@ -399,7 +399,7 @@ def _lazy_beneath(variable: xr.Variable) -> xr.Variable | None:
 
 
 def beneath_dask(dataset: xr.Dataset) -> xr.Dataset:
-    """Give a dataset with the lazy variables that its dask arrays read, where they are as opened."""
+    """Give a dataset with the lazy variables that its dask arrays read, if they still do."""
     lazy = {name: _lazy_beneath(one) for name, one in dataset.variables.items()}
     return dataset.assign({name: one for name, one in lazy.items() if one is not None})
 

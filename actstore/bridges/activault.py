@@ -1,15 +1,16 @@
 """Owns activault's runs: for each hook a folder of ``.pt`` files, of many batches each.
 
-Layout: https://github.com/tilde-research/activault at db6d1e4 (README.md, "Collecting Activations";
-``pipeline/vault/hook_uploader.py``): ``<run>/cfg.json``, ``<run>/<hook>/metadata.json`` and
-``<run>/<hook>/<group>--<attempt>_<job>.saved.pt``, a mapping with ``states`` [item, token, feature],
-``input_ids`` [item, token] and ``tensor_bytes``. Files of one group have the same tokens in every
-hook. A run is copied from S3 to a folder before it is imported.
+Layout: https://github.com/tilde-research/activault at db6d1e4 (README.md, "Collecting
+Activations"; ``pipeline/vault/hook_uploader.py``): ``<run>/cfg.json``,
+``<run>/<hook>/metadata.json`` and ``<run>/<hook>/<group>--<attempt>_<job>.saved.pt``, a mapping
+with ``states`` [item, token, feature], ``input_ids`` [item, token] and ``tensor_bytes``. Files of
+one group have the same tokens in every hook. A run is copied from S3 to a folder before it is
+imported.
 
-A hook ``models.layers.24.mlp.post`` is what the module ``model.layers.24.mlp`` returns, ``….mlp.pre`` what
-it is given (``pipeline/setup.py``); ``models.layers.24.post`` and ``.pre`` are entries 25 and 24 of
-``hidden_states`` (``pipeline/generate.py``), of which the last is behind the final norm. Tokens were
-left out before (``clean_batch``): positions count those that are there.
+A hook ``models.layers.24.mlp.post`` is what the module ``model.layers.24.mlp`` returns,
+``….mlp.pre`` what it is given (``pipeline/setup.py``); ``models.layers.24.post`` and ``.pre`` are
+entries 25 and 24 of ``hidden_states`` (``pipeline/generate.py``), of which the last is behind the
+final norm. Tokens were left out before (``clean_batch``): positions count those that are there.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _hooks(source: Path) -> list[Path]:
 
 
 def _layer(hook: str) -> str:
-    """Give the name of the layer that a hook is of: the module's, ``@in`` behind what it's given."""
+    """Give the name of the layer that a hook is of: the module's, ``@in`` for what it's given."""
     found = _HOOK.fullmatch(hook)
     if found is None:
         return hook
@@ -113,7 +114,7 @@ def _passes(groups: Mapping[str, Mapping[str, Path]]) -> Iterator[ForeignPass]:
 
 def _cut(group: str, ids: NDArray[np.int64], layers: Mapping[str, Array]) -> Iterator[ForeignPass]:
     row_bytes = max(one.shape[2] * one.dtype.itemsize for one in layers.values())
-    for items, places in pieces(*ids.shape, max(row_bytes, 1)):
+    for items, places in pieces(len(ids), ids.shape[1], row_bytes):
         here = ids[items, places]
         yield ForeignPass(
             axis_of(here.shape, ids=here, start=places.start),

@@ -1,8 +1,8 @@
 """Owns Arrow and Parquet files, the only importer of pyarrow: arrays in, arrays out.
 
-What SAELens makes of Arrow files is ``saelens``'s, what rows are written is ``exporting``'s. A folder
-that SAELens reads is one that ``Dataset.save_to_disk`` of datasets 5.2.0 writes: the same files, and
-the same schema, whose field metadata names the extension type ``Array2D``.
+What SAELens makes of Arrow files is ``saelens``'s, what rows are written is ``exporting``'s. A
+folder that SAELens reads is one that ``Dataset.save_to_disk`` of datasets 5.2.0 writes: the same
+files, and the same schema, whose field metadata names the extension type ``Array2D``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,9 +65,7 @@ def batches(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
             messages = pa.ipc.MessageReader.open_stream(source)
             schema = pa.ipc.read_schema(messages.read_next_message())
             for message in messages:
-                if message.type != "record batch" or _is_compressed(bytes(message.metadata)):
-                    msg = f"{path}: wanted plain record batches; found a {message.type}"
-                    raise FormatError(msg)
+                _check_plain(message, path)
                 batch = pa.ipc.read_record_batch(message, schema)
                 batch.validate(full=True)
                 yield {
@@ -83,11 +80,18 @@ def batches(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
         raise FormatError(msg) from error
 
 
+def _check_plain(message: Any, path: Path) -> None:
+    """Refuse what is no record batch, or a compressed one."""
+    if message.type != "record batch" or _is_compressed(bytes(message.metadata)):
+        msg = f"{path}: wanted uncompressed record batches; found a {message.type} of others"
+        raise FormatError(msg)
+
+
 def _is_compressed(metadata: bytes) -> bool:
     """Whether a record batch's buffers are compressed, which says nothing of what they become.
 
-    The metadata is a flatbuffer (format/Message.fbs of Arrow): field 2 of ``Message`` is the header, a
-    ``RecordBatch``, whose field 3 is the compression.
+    The metadata is a flatbuffer (format/Message.fbs of Arrow): field 2 of ``Message`` is the
+    header, a ``RecordBatch``, whose field 3 is the compression.
     """
     root = _offset(metadata, 0)
     header = _field(metadata, root, 2)
@@ -215,7 +219,7 @@ class SequenceWriter:
             "homepage": "",
             "license": "",
         }
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": self._name}],
             "_fingerprint": self._digest.hexdigest()[:16],
             "_format_columns": None,
@@ -235,8 +239,9 @@ def _offsets(count: int, length: int) -> NDArray[np.int32]:
 class TableWriter:
     """Writes a Parquet file, a row group at a time.
 
-    Labels are dictionary-encoded; floats are split into byte planes (``BYTE_STREAM_SPLIT``), which zstd
-    then finds the exponents in: the mantissa bytes that bfloat16 doesn't have cost nothing.
+    Labels are dictionary-encoded; floats are split into byte planes (``BYTE_STREAM_SPLIT``),
+    which zstd then finds the exponents in: the mantissa bytes that bfloat16 doesn't have cost
+    nothing.
 
     Parameters
     ----------
@@ -286,7 +291,7 @@ class TableWriter:
         labels: Mapping[str, Sequence[Any] | NDArray[Any]],
         features: Mapping[str, tuple[NDArray[Any], NDArray[np.bool_] | None]],
     ) -> None:
-        """Append rows as a row group: labels, and values [rows, length], null where not present."""
+        """Append a row group: labels, and values [rows, length], null where not present."""
         pa = self._pa
         columns = [
             pa.array(values, self._schema.field(name).type) for name, values in labels.items()

@@ -73,7 +73,7 @@ def export_rows(
     target: str | os.PathLike[str],
     *,
     layers: str | Sequence[str] | None = None,
-    format: str | None = None,  # noqa: A002 - the word for it
+    format: str | None = None,
     names: Mapping[str, str] | None = None,
     context_size: int | None = None,
     dim: str | None = None,
@@ -130,7 +130,7 @@ def export_rows(
     """
     began = time.monotonic()
     path = Path(target)
-    kind = _FORMATS.get(path.suffix) if format is None else format
+    kind = _FORMATS.get(path.suffix, "") if format is None else format
     if kind not in _FORMATS.values():
         msg = (
             "the target must end with .parquet or .safetensors, or without an ending for SAELens, "
@@ -141,8 +141,9 @@ def export_rows(
         msg = f"context_size is of SAELens' format; the target is {kind}"
         raise ConfigError(msg)
     with ExitStack() as stack:
-        given = isinstance(source, xr.Dataset)
-        dataset = source if given else stack.enter_context(open_lazily(source))
+        dataset = (
+            source if isinstance(source, xr.Dataset) else stack.enter_context(open_lazily(source))
+        )
         rows = _Rows.of(beneath_dask(dataset), layers, names or {}, dim, max_memory_gb, kind)
         made = stack.enter_context(files.appearing(path, folder=kind == "saelens"))
         if kind == "parquet":
@@ -182,7 +183,7 @@ class _Layer:
 
     @property
     def row_bytes(self) -> int:
-        return max(self.width * self.values.dtype.itemsize, 1)
+        return max(self.width * int(self.values.dtype.itemsize), 1)
 
     def read(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
         """Read rows: [n, width]."""

@@ -167,7 +167,8 @@ def pieces(items: int, length: int, row_bytes: int) -> Iterator[tuple[slice, sli
     """
     if not items or not length:
         return
-    item_bytes = max(length * row_bytes, 1)
+    row_bytes = max(row_bytes, 1)
+    item_bytes = length * row_bytes
     if item_bytes <= SEQUENCE_BYTES:
         step = min(max(PACKET_BYTES // item_bytes, 1), _MOST_ITEMS)
         for first in range(0, items, step):

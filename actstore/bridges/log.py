@@ -353,7 +353,8 @@ def _files(paths: Sequence[Path]) -> dict[str, Any]:
     root = paths[0].parent
     while not all(path.is_relative_to(root) for path in paths):
         root = root.parent
-    listed, whole = [], hashlib.sha256()
+    listed: list[dict[str, Any]] = []
+    whole = hashlib.sha256()
     for path in paths:
         name, digest = path.relative_to(root).as_posix(), _sha256(path)
         nbytes = path.stat().st_size

@@ -43,7 +43,7 @@ def labels_among(arrays: dict[str, Array], ids: NDArray[np.int64] | None, where:
     FormatError
         One is no label: its dtype or its shape is another.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for what, names in (("ids", IDS), ("mask", _MASKS), ("positions", _POSITIONS)):
         name = next((one for one in names if one in arrays), None)
         if name is not None:
@@ -156,10 +156,11 @@ def _rows(arrays: Mapping[str, Array], labels: Labels, where: str) -> _Rows | No
         pairs = Counter(tuple(shape[:2]) for shape in shapes if len(shape) > 2)
         lengths = Counter(shape[0] for shape in shapes if len(shape) == 2)
         if pairs:
-            return _Rows(*pairs.most_common(1)[0][0], flat=False)
+            batch, sequence = pairs.most_common(1)[0][0]
+            return _Rows(batch, sequence, flat=False)
         return _Rows(1, lengths.most_common(1)[0][0], flat=True) if lengths else None
     if told.ndim == 2:
-        rows = _Rows(*told.shape, flat=False)
+        rows = _Rows(len(told), told.shape[1], flat=False)
     else:
         # ids without a batch dimension are those of a batch of one, if that is what arrays begin with
         item = _Rows(1, told.size, flat=False)

@@ -82,7 +82,7 @@ def read(source: Path, options: Options) -> Foreign:  # noqa: ARG001 - as every 
 
 
 def _shape(said: dict[str, Any], path: Path) -> _Shape:
-    layers = said.get("layers")
+    layers: Any = said.get("layers")
     whole = isinstance(layers, list) and 0 < len(layers) <= _MOST_LAYERS
     if not whole or any(type(one) is not int or not -1000 < one < 1 << 20 for one in layers):
         msg = f"{path}: 'layers' must be a list of block indices; found {layers!r:.80}"

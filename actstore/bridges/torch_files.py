@@ -123,10 +123,8 @@ def _check(path: Path) -> None:
             entries = archive.infolist()
             pickles = [one for one in entries if one.filename.endswith("data.pkl")]
             whole = len(pickles) == 1 and pickles[0].compress_type == zipfile.ZIP_STORED
-            if whole and pickles[0].file_size <= _PICKLE_BYTES:
-                _check_pickle(archive.read(pickles[0]), path)
-    except FormatError:
-        raise
+            small = whole and pickles[0].file_size <= _PICKLE_BYTES
+            pickled = archive.read(pickles[0]) if small else b""
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         msg = f"{path} is no whole file of torch.save: {error}"
         raise FormatError(msg) from error
@@ -141,26 +139,28 @@ def _check(path: Path) -> None:
             f"{size}, {len(packed)} compressed, {len(pickles)} pickles"
         )
         raise FormatError(msg)
+    _check_pickle(pickled, path)
 
 
 def _check_pickle(data: bytes, path: Path) -> None:
     """Refuse a pickle that names anything but tensors, and what holds them."""
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in _REFUSED:
-                msg = f"{path}: its pickle makes objects ({opcode.name}); it was not loaded"
-                raise FormatError(msg)
-            if opcode.name == "GLOBAL" and not _NAMED.fullmatch(str(argument)):
-                msg = (
-                    f"{path}: its pickle names {argument!r:.200}; only tensors in plain containers "
-                    "are loaded: save them by name, such as torch.save(cache.cache_dict, path)"
-                )
-                raise FormatError(msg)
-    except FormatError:
-        raise
+        found = [
+            (opcode.name, str(argument))
+            for opcode, argument, _ in pickletools.genops(data)
+            if opcode.name == "GLOBAL" or opcode.name in _REFUSED
+        ]
     except Exception as error:  # whatever bytes that are no pickle make of the parser
         msg = f"{path} holds no whole pickle: {error!s:.200}"
         raise FormatError(msg) from error
+    for name, argument in found:
+        if name in _REFUSED or not _NAMED.fullmatch(argument):
+            msg = (
+                f"{path}: its pickle has {name} {argument:.200}; only tensors in plain "
+                "containers are loaded: save them by name, such as "
+                "torch.save(cache.cache_dict, path)"
+            )
+            raise FormatError(msg)
 
 
 def _passes(paths: list[Path], options: Options) -> Iterator[ForeignPass]:

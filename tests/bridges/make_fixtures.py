@@ -164,7 +164,7 @@ def nnsight(*_: str) -> None:
         cache = tracer.cache(include_inputs=True).save()
     entries = {
         path: [_shown(entry.output) for entry in cache._cache.entries[path]]
-        for path in cache.keys()
+        for path in cache.keys()  # noqa: SIM118 - it is no mapping
     }
     found = {}
     handles = [
