@@ -51,8 +51,8 @@ def recognised(cache: Any) -> tuple[str, Callable[[Any, Told], Foreign]]:
     if isinstance(cache, Mapping):
         return "mapping", _mapping
     msg = (
-        "save_cache takes TransformerLens' ActivationCache, nnsight's tracer.cache(), or a mapping "
-        f"from layers to arrays; got {type(cache).__name__}"
+        "save_cache takes TransformerLens' ActivationCache, nnsight's tracer.cache(), or a "
+        f"mapping from layers to arrays; got {type(cache).__name__}"
     )
     raise ConfigError(msg)
 

@@ -82,15 +82,15 @@ def export_rows(
     """Write rows and their labels in a format of other tools.
 
     The target appears when it is whole. bfloat16 and float8 stay what they were in safetensors,
-    exactly, unless the archive was made with a ``precision``; elsewhere they are float32 of the same
-    values.
+    exactly, unless the archive was made with a ``precision``; elsewhere they are float32 of the
+    same values.
 
     ``"parquet"``
         A column for each label of the rows, and for each layer lists of fixed length; rows that a
         layer doesn't have are null there.
     ``"safetensors"``
-        A tensor for each layer and each label; text as UTF-8 bytes and offsets. Missing rows are NaN,
-        or 0; ``<layer>.present`` tells them.
+        A tensor for each layer and each label; text as UTF-8 bytes and offsets. Missing rows are
+        NaN, or 0; ``<layer>.present`` tells them.
     ``"saelens"``
         A folder that ``ActivationsStore`` reads as ``cached_activations_path``: sequences of
         ``context_size`` rows with their ``token_ids``. Sequences are the rows of a batch item of a
@@ -107,8 +107,9 @@ def export_rows(
     format : {"parquet", "safetensors", "saelens"}, optional
         Where the target's name doesn't say it.
     names : mapping, optional
-        Layer, as ``layers`` or `dataset.actstore.layers` names it -> the name that it gets. In SAELens'
-        format it is TransformerLens' name, where there is one, else always the layer's own.
+        Layer, as ``layers`` or `dataset.actstore.layers` names it -> the name that it gets. In
+        SAELens' format it is TransformerLens' name, where there is one, else always the layer's
+        own.
     context_size : int, optional
         Of SAELens' format; the length of the sequences, if they all have one.
     dim : str, optional

@@ -1,10 +1,10 @@
 """Owns plain ``.npy`` and ``.safetensors`` files: an array for each layer, named as the layer.
 
-Layouts: NumPy's NPY (numpy/lib/_format_impl.py, NumPy 2.4), without pickles; safetensors 0.8.0. Of a
-folder of ``.npy`` files, each is a layer, those in subfolders with dots between. Safetensors files
-whose tensors have the same names are as many passes; ones without a name in common are one.
-Arrays named ``token_ids``, ``tokens`` or ``input_ids``, ``attention_mask`` and ``positions`` are labels of the
-rows, as are those that `actstore.export_rows` wrote.
+Layouts: NumPy's NPY (numpy/lib/_format_impl.py, NumPy 2.4), without pickles; safetensors 0.8.0.
+Of a folder of ``.npy`` files, each is a layer, those in subfolders with dots between. Safetensors
+files whose tensors have the same names are as many passes; ones without a name in common are one.
+Arrays named ``token_ids``, ``tokens`` or ``input_ids``, ``attention_mask`` and ``positions`` are
+labels of the rows, as are those that `actstore.export_rows` wrote.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def import_activations(
     target : path
         ``name.stream`` is a log, ``name.zarr`` an archive of it; it must not exist.
     kind : str, optional
-        ``"vllm"``, ``"saelens"``, ``"activault"``, ``"saev"``, ``"torch"`` or ``"folder"``; found by the
-        files if it isn't given.
+        ``"vllm"``, ``"saelens"``, ``"activault"``, ``"saev"``, ``"torch"`` or ``"folder"``; found
+        by the files if it isn't given.
     layers : sequence of int, optional
         Of vLLM's files, which don't say it: ``eagle_aux_hidden_state_layer_ids``.
     names : mapping, optional
@@ -157,9 +157,9 @@ def save_cache(
     Parameters
     ----------
     cache : ActivationCache, CacheView or mapping
-        TransformerLens' ``ActivationCache``, what nnsight's ``tracer.cache()`` gives (a module that is
-        visited several times, in several passes), or layer -> array or tensor; of what a module
-        returned, the first tensor. Tensors of the same memory are kept once.
+        TransformerLens' ``ActivationCache``, what nnsight's ``tracer.cache()`` gives (a module
+        that is visited several times, in several passes), or layer -> array or tensor; of what a
+        module returned, the first tensor. Tensors of the same memory are kept once.
     target : path
         ``name.stream`` is a log, ``name.zarr`` an archive of it; it must not exist.
     tokens : array-like of int, optional

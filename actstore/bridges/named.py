@@ -162,7 +162,7 @@ def _rows(arrays: Mapping[str, Array], labels: Labels, where: str) -> _Rows | No
     if told.ndim == 2:
         rows = _Rows(len(told), told.shape[1], flat=False)
     else:
-        # ids without a batch dimension are those of a batch of one, if that is what arrays begin with
+        # without a batch dimension they are those of one item, if arrays begin with such a one
         item = _Rows(1, told.size, flat=False)
         rows = item if any(map(item.begins, shapes)) else _Rows(1, told.size, flat=True)
     if not any(map(rows.begins, shapes)):

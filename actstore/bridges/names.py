@@ -1,7 +1,7 @@
 """Owns which site and block a layer of another tool is, by its name alone.
 
-TransformerLens' names are ``hook_names``'s; a captured model's layers are found by their structure,
-in ``capture.select``. The rules by name here give the same for the families that
+TransformerLens' names are ``hook_names``'s; a captured model's layers are found by their
+structure, in ``capture.select``. The rules by name here give the same for the families that
 ``schemas/sites.md`` lists, where they have one stack of blocks.
 """
 

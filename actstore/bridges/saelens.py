@@ -1,10 +1,11 @@
 """Owns SAELens' cached activations: a folder that Hugging Face datasets wrote, read by pyarrow.
 
-Layout: ``CacheActivationsRunner`` and ``ActivationsStore.load_cached_activation_dataset`` of SAELens
-6.54.12 (``sae_lens/cache_activations_runner.py``, ``sae_lens/training/activations_store.py``) over
-``Dataset.save_to_disk`` of datasets 5.2.0: ``state.json`` names Arrow streams, whose rows are
-sequences. A column named as a hook has [context, features] (``Array2D``), ``token_ids`` int32
-[context]. How such a folder is written is ``arrow``'s.
+Layout: ``CacheActivationsRunner`` and ``ActivationsStore.load_cached_activation_dataset`` of
+SAELens 6.54.12 (``sae_lens/cache_activations_runner.py``,
+``sae_lens/training/activations_store.py``) over ``Dataset.save_to_disk`` of datasets 5.2.0:
+``state.json`` names Arrow streams, whose rows are sequences. A column named as a hook has
+[context, features] (``Array2D``), ``token_ids`` int32 [context]. How such a folder is written
+is ``arrow``'s.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Owns saev's shards: float32 [example, layer, token, feature] in ``acts000000.bin``, ….
 
 Layout: protocol 2.1 of https://github.com/OSU-NLP-Group/saev
-(``docs/src/developers/protocol.md`` and ``src/saev/data/shards.py`` at 3d73f1f), and that of saev 0.1.0
-on PyPI (``saev/activations.py``), whose names differ and which has no ``shards.json``. Every file has
-room for the examples of a full shard. ``data`` is a pickle, and is never looked into.
+(``docs/src/developers/protocol.md`` and ``src/saev/data/shards.py`` at 3d73f1f), and that of saev
+0.1.0 on PyPI (``saev/activations.py``), whose names differ and which has no ``shards.json``.
+Every file has room for the examples of a full shard. ``data`` is a pickle, and is never looked
+into.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 A file is a ZIP of stored entries: a pickle, read by ``torch.load(weights_only=True)``, which makes
 tensors and plain containers and nothing else, and a file for each storage, mapped and not copied.
-Before that, the pickle's opcodes are looked through: only what tensors in plain containers need may
-be named, for torch would also make, say, a ``bytearray`` of any length.
-Of the mapping ``cache.cache_dict`` of TransformerLens 3.9.0 and 4.3.0 (``ActivationCache.py``), and of
-any other from names to tensors, the names are layers.
+Before that, the pickle's opcodes are looked through: only what tensors in plain containers need
+may be named, for torch would also make, say, a ``bytearray`` of any length.
+Of the mapping ``cache.cache_dict`` of TransformerLens 3.9.0 and 4.3.0 (``ActivationCache.py``),
+and of any other from names to tensors, the names are layers.
 """
 
 from __future__ import annotations
