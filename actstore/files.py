@@ -195,8 +195,8 @@ def _umask() -> int:
 def appearing(target: Path, *, folder: bool = False) -> Iterator[Path]:
     """Give the path of a file or folder that gets its name when the context ends, whole.
 
-    It lies in a hidden folder beside it until then, which is removed in any case. Files of a folder
-    are made durable.
+    It lies in a hidden folder beside it until then, which is removed in any case. Files of a
+    folder are made durable.
 
     Raises
     ------

@@ -46,7 +46,7 @@ def recognises(source: Path) -> bool:
 
 
 def read(source: Path, options: Options) -> Foreign:
-    """Give each file as passes, whose items are annotated with ``file`` where there are several."""
+    """Give each file as passes, annotated with ``file`` where there are several."""
     paths = _paths(source)
     if not paths:
         msg = f"{source} holds no {' or '.join(_ENDINGS)} files"

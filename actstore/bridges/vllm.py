@@ -3,10 +3,11 @@
 Layout: ``ExampleHiddenStatesConnector`` of vLLM 0.33.0
 (``vllm/distributed/kv_transfer/kv_connector/v1/example_hidden_states_connector.py``):
 ``<request>.safetensors`` with ``hidden_states`` [token, layer, feature] and ``token_ids`` [token],
-and beside it ``<request>.safetensors.lock``, which the writer holds while it writes. The files don't
-say which layers these are. The ids in ``eagle_aux_hidden_state_layer_ids`` count what *enters* a
-block (``vllm/model_executor/models/llama.py`` takes number 0 in front of the first block, and i + 1
-behind block i), so that id 0 is the embedding and id k the residual stream behind block k - 1.
+and beside it ``<request>.safetensors.lock``, which the writer holds while it writes. The files
+don't say which layers these are. The ids in ``eagle_aux_hidden_state_layer_ids`` count what
+*enters* a block (``vllm/model_executor/models/llama.py`` takes number 0 in front of the first
+block, and i + 1 behind block i), so that id 0 is the embedding and id k the residual stream behind
+block k - 1.
 """
 
 from __future__ import annotations
