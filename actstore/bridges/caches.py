@@ -147,7 +147,8 @@ def _labels(named: Sequence[tuple[dict[str, Array], Any]], told: Told) -> list[L
     else:
         whole = wanted_tokens(told.tokens)
         ids = [whole] if count == 1 else _divided(whole, named)
-    mask = None if told.mask is None else np.asarray(as_array(told.mask, "mask")[...]) != 0
+    given = told.mask.detach().cpu() if hasattr(told.mask, "detach") else told.mask
+    mask = None if given is None else np.asarray(given) != 0
     if mask is not None and (count > 1 or ids[0] is None or mask.shape != ids[0].shape):
         msg = "mask goes with tokens of its shape, of one pass"
         raise ConfigError(msg)

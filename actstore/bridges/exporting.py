@@ -272,6 +272,8 @@ def _layer(dataset: xr.Dataset, name: str, dim: str, given: str | None, kind: st
     if present is not None and "layer" in present.dims:
         place = int(np.flatnonzero(dataset["layer"].values == int(array["layer"]))[0])
         present = present.isel(layer=place)
+    if present is not None and bool(present.values.all()):
+        present = None
     kept = array.attrs.get("source_dtype", array.dtype.name)
     block = int(array["layer"]) if "layer" in array.coords else -1
     out = given or own or str(array.attrs.get("site"))

@@ -43,6 +43,7 @@ SEQUENCE_BYTES: Final = 64 << 20
 _MOST_ITEMS: Final = 1024
 _JSON_BYTES: Final = 16 << 20
 _MOST_FILES: Final = 1 << 20
+_NAME_LENGTH: Final = 200
 
 
 class Array(Protocol):
@@ -209,8 +210,8 @@ def within(folder: Path, name: object) -> Path:
     FormatError
         It leads out of the folder, or there is no such file.
     """
-    plain = isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name
-    if not plain or PurePosixPath(str(name)).name != name:
+    plain = isinstance(name, str) and 0 < len(name) < _NAME_LENGTH and "\0" not in name
+    if not plain or PurePosixPath(str(name)).name != name or name == "..":
         msg = f"{folder} names the file {name!r:.200}; wanted the name of one beside it"
         raise FormatError(msg)
     path = folder / str(name)
