@@ -3,8 +3,7 @@
 Both are known by what they can do, and neither package is imported: ``ActivationCache`` by its
 ``cache_dict`` (TransformerLens 3.9.0 and 4.3.0, ``transformer_lens/ActivationCache.py``);
 ``CacheView`` by its module (nnsight 0.8.1, ``nnsight/intervention/cache.py``: ``keys()``, and
-``cache[path]`` with ``output``, ``input`` and ``len()``, the visits). Of nnsight 0.5 and before,
-whose ``CacheDict`` is a dict of entries with ``output``, the entries are read alike.
+``cache[path]`` with ``output``, ``input`` and ``len()``, the visits).
 """
 
 from __future__ import annotations

@@ -264,12 +264,17 @@ def read_json(path: Path, kind: type) -> Any:
     FormatError
         It is larger, no JSON, or another value.
     """
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= _JSON_BYTES else b""
+    except OSError as error:
+        msg = f"{path} can't be read ({error.strerror}); is {path.parent} of this kind?"
+        raise FormatError(msg) from error
     if size > _JSON_BYTES:
         msg = f"{path} has {size} bytes; a JSON of {_JSON_BYTES} is the largest that is read"
         raise FormatError(msg)
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(data)
     except (ValueError, RecursionError) as error:
         msg = f"{path} holds no JSON: {error!s:.200}"
         raise FormatError(msg) from error
@@ -304,7 +309,10 @@ def wanted_tokens(tokens: Any) -> NDArray[np.int64] | None:
     """
     if tokens is None:
         return None
-    found = np.asarray(tokens.detach().cpu() if hasattr(tokens, "detach") else tokens)
+    try:
+        found = np.asarray(tokens.detach().cpu() if hasattr(tokens, "detach") else tokens)
+    except ValueError:  # lists of several lengths
+        found = np.empty(0, object)
     if found.dtype.kind not in "iu" or found.ndim not in (1, 2):
         msg = (
             "tokens must be integers [rows] or [batch, sequence]; "

@@ -100,8 +100,12 @@ class LogWriter:
         self._writer = StreamWriter(path)
         self._attributes = _header(attributes, compression)
         self._names = dict(names or {})
+        if not all(isinstance(one, str) for pair in self._names.items() for one in pair):
+            msg = f"names must map layers to names, both of them text; got {names!r:.200}"
+            raise ConfigError(msg)
         self._tokenizer = tokenizer
         self._layers: dict[str, LayerInfo] = {}
+        self._called: dict[str, str] = {}  # a layer's name -> what the source calls it
         self._told: set[int] = set()
         self._group: list[Record] = []
         self._pending: dict[tuple[int, int], _Pending] = {}
@@ -202,7 +206,11 @@ class LogWriter:
             site, block = place_of(name)
             info = LayerInfo(len(self._layers), name, site, block)
             self._layers[name] = info
+            self._called[name] = given
             self._add(Record(Opcode.LAYER, Layer(info).encode()))
+        elif self._called[name] != given:
+            msg = f"{given!r} and {self._called[name]!r} would both be {name!r}; see names="
+            raise ConfigError(msg)
         return self._layers[name]
 
     def _tell(self, ids: NDArray[np.int64]) -> None:

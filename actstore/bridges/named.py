@@ -129,7 +129,7 @@ def passes_of(
         numbers = list(range(items.start, items.stop))
         yield ForeignPass(
             _axis(rows, labels, items, places, start),
-            _firings(whole, over, key),
+            _firings(whole, over, key, memory or {}),
             {name: [one[n] for n in numbers] for name, one in labels.annotations.items()}
             | ({} if rows.flat else {"sequence": numbers}),
         )
@@ -137,13 +137,16 @@ def passes_of(
 
 
 def _firings(
-    whole: Mapping[str, Array], over: Mapping[str, Array], key: tuple[slice, ...]
+    whole: Mapping[str, Array],
+    over: Mapping[str, Array],
+    key: tuple[slice, ...],
+    memory: Mapping[str, Any],
 ) -> Iterator[Firing]:
     """Yield what is over no rows, then a piece of each of the others, read when it is taken."""
     for name, array in whole.items():
-        yield Firing(name, array[...])
+        yield Firing(name, array[...], same_as=memory.get(name))
     for name, array in over.items():
-        yield Firing(name, array[key])
+        yield Firing(name, array[key], same_as=memory.get(name))
 
 
 def _rows(arrays: Mapping[str, Array], labels: Labels, where: str) -> _Rows | None:

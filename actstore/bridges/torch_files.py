@@ -125,7 +125,7 @@ def _check(path: Path) -> None:
             whole = len(pickles) == 1 and pickles[0].compress_type == zipfile.ZIP_STORED
             small = whole and pickles[0].file_size <= _PICKLE_BYTES
             pickled = archive.read(pickles[0]) if small else b""
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # whatever a ZIP that isn't one makes of its parser
         msg = f"{path} is no whole file of torch.save: {error}"
         raise FormatError(msg) from error
     size = path.stat().st_size
@@ -177,7 +177,7 @@ def _passes(paths: list[Path], options: Options) -> Iterator[ForeignPass]:
             arrays[name] = tensor_of(value, name, path)
             memory[name] = memory_of(value)
         labels = labels_among(arrays, options.tokens, str(path))
-        for one in passes_of(arrays, labels, str(path)):
+        for one in passes_of(arrays, labels, str(path), memory=memory):
             batch = one.axis.batch if one.axis is not None else 0
             extra = {"file": [path.name] * batch} if len(paths) > 1 and batch else {}
             yield ForeignPass(one.axis, one.firings, {**one.annotations, **extra})

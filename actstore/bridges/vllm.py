@@ -1,6 +1,6 @@
 """Owns vLLM's extracted hidden states: a safetensors file for each request.
 
-Layout: ``ExampleHiddenStatesConnector`` of vLLM 0.33.0
+Layout: ``ExampleHiddenStatesConnector`` of vLLM 0.33.0, and of 0.18.0, its first release
 (``vllm/distributed/kv_transfer/kv_connector/v1/example_hidden_states_connector.py``):
 ``<request>.safetensors`` with ``hidden_states`` [token, layer, feature] and ``token_ids`` [token],
 and beside it ``<request>.safetensors.lock``, which the writer holds while it writes. The files
@@ -34,7 +34,7 @@ from actstore.errors import ConfigError, FormatError
 
 __all__ = ["read", "recognises"]
 
-LAYOUT: Final = "vLLM 0.33.0, ExampleHiddenStatesConnector"
+LAYOUT: Final = "vLLM 0.18.0 to 0.33.0, ExampleHiddenStatesConnector"
 _ENDING: Final = ".safetensors"
 _TENSORS: Final = {"hidden_states", "token_ids"}
 

@@ -17,11 +17,13 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
-from logs import LogBuilder, axis, decoder_log, random_values
 from numpy.typing import NDArray
 
 import actstore
 from actstore.errors import ConfigError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
+from logs import LogBuilder, axis, decoder_log, random_values
 
 FILES = Path(__file__).parent / "files"
 
@@ -275,6 +277,30 @@ def test_padding_and_missing_rows_are_no_context(tmp_path: Path) -> None:
         actstore.export_rows(log, tmp_path / "two", layers="model.layers.0")
     with pytest.raises(ConfigError, match="no sequence has 4 rows"):
         actstore.export_rows(log, tmp_path / "two", layers="model.layers.0", context_size=4)
+
+
+def test_of_two_token_axes_one_is_exported(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    log = LogBuilder(tmp_path / "a.stream")
+    log.layer("encoder.block.0", "encoder_resid", 0)
+    log.layer("decoder.block.0", "decoder_resid", 0)
+    log.begin(axis(2, 4, name="encoder_token"), axis(2, 3, name="decoder_token"))
+    log.put("encoder.block.0", random_values((2, 4, 8), seed=1))
+    log.put("decoder.block.0", random_values((2, 3, 8), seed=2))
+    log.close()
+    rows = tmp_path / "rows.parquet"
+    with pytest.raises(ConfigError, match="dim must be"):
+        actstore.export_rows(log.path, rows)
+    made = actstore.export_rows(log.path, rows, dim="decoder_token")
+    assert list(made.layers) == ["decoder.block.0"]
+    found = np.asarray(parquet.read_table(rows)["decoder.block.0"].combine_chunks().flatten())
+    assert found.tobytes() == rows_of(log, "decoder.block.0").tobytes()
+    cached = actstore.export_rows(
+        log.path, tmp_path / "cached", dim="encoder_token", layers="encoder.block.0"
+    )
+    again = actstore.import_activations(cached.path, tmp_path / "again.stream")
+    with actstore.open_dataset(again.path, chunks=None) as dataset:
+        assert dataset.token_id.values.tolist() == [*range(100, 108)]
 
 
 # -- what is asked for --------------------------------------------------------------------------

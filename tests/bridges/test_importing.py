@@ -161,6 +161,19 @@ def test_a_cache_dict_of_transformer_lens_has_the_sites_of_a_capture(tmp_path: P
 # -- made by the libraries that define the layout -----------------------------------------------
 
 
+def test_tensors_of_a_pt_that_share_memory_are_kept_once(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    values = torch.arange(24, dtype=torch.bfloat16).reshape(2, 3, 4)
+    given = {"blocks.0.hook_resid_post": values, "blocks.1.hook_resid_pre": values}
+    torch.save(given, tmp_path / "a.pt")
+    made = actstore.import_activations(tmp_path / "a.pt", tmp_path / "a.stream")
+    assert made.raw_bytes == 48
+    found = packets_of(made.path)
+    wanted = np.arange(24).reshape(2, 3, 4).astype(ml_dtypes.bfloat16)
+    assert same(found["blocks.0.hook_resid_post"][0], wanted)
+    assert same(found["blocks.1.hook_resid_pre"][0], wanted)
+
+
 def test_npy_files_are_layers_of_the_rows_that_their_ids_are_of(tmp_path: Path) -> None:
     source = tmp_path / "acts"
     (source / "blocks" / "0").mkdir(parents=True)
@@ -349,6 +362,9 @@ def test_what_can_not_be_honoured_is_refused(tmp_path: Path) -> None:
         ({"kind": "vlm"}, "kind must be"),
         ({"tokens": [1, 2]}, "tokens"),
         ({"names": {"resid": "mlp"}}, "'resid'"),
+        ({"names": {"hidden_states.0": 7}}, "both of them text"),
+        ({"names": {"hidden_states.0": "hidden_states.1"}}, "would both be"),
+        ({"tokens": [[1, 2], [3]]}, "tokens must be"),
         ({"compression": "zip"}, "compression"),
     ):
         with pytest.raises(ConfigError, match=said):

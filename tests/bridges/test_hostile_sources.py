@@ -303,6 +303,16 @@ def test_saelens_folders_name_no_file_outside(
     refused(folder)
 
 
+@pytest.mark.parametrize("kind", ["saelens", "saev", "torch", "vllm", "folder", "activault"])
+def test_a_kind_that_the_source_is_not_is_refused(
+    kind: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    refused(tmp_path, kind=kind)
+    (tmp_path / "text").write_text("text")
+    refused(tmp_path / "text", kind=kind)
+
+
 def test_hostile_json_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     folder = copied("saelens", tmp_path)
     for text in ("", "[" * 100_000, "[]", '{"_data_files": 7}', '{"_data_files": [7]}', "\0"):
