@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,11 +62,9 @@ def batches(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
     pa = library(str(path))
     try:
         with pa.memory_map(str(path)) as source:
-            messages = pa.ipc.MessageReader.open_stream(source)
-            schema = pa.ipc.read_schema(messages.read_next_message())
-            for message in messages:
-                _check_plain(message, path)
-                batch = pa.ipc.read_record_batch(message, schema)
+            _check_messages(pa.ipc.MessageReader.open_stream(source), path)
+            source.seek(0)
+            for batch in pa.ipc.open_stream(source):
                 batch.validate(full=True)
                 yield {
                     name: values
@@ -80,11 +78,16 @@ def batches(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
         raise FormatError(msg) from error
 
 
-def _check_plain(message: Any, path: Path) -> None:
-    """Refuse what is no record batch, or a compressed one."""
-    if message.type != "record batch" or _is_compressed(bytes(message.metadata)):
-        msg = f"{path}: wanted uncompressed record batches; found a {message.type} of others"
-        raise FormatError(msg)
+def _check_messages(messages: Iterable[Any], path: Path) -> None:
+    """Refuse what is no schema and uncompressed record batches, before any of it is decoded."""
+    wanted = "schema"
+    for message in messages:
+        compressed = wanted != "schema" and _is_compressed(bytes(message.metadata))
+        if message.type != wanted or compressed:
+            found = f"a compressed {message.type}" if compressed else f"a {message.type}"
+            msg = f"{path}: wanted a schema, then uncompressed record batches; found {found}"
+            raise FormatError(msg)
+        wanted = "record batch"
 
 
 def _is_compressed(metadata: bytes) -> bool:
