@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -115,7 +116,8 @@ def export_rows(
     dim : str, optional
         The token axis, where there are several.
     max_memory_gb : float
-        GB that the values of a piece take, with what is made of them.
+        GB that the values of a piece take, with what is made of them; labels take some 40 bytes a
+        row besides.
 
     Returns
     -------
@@ -221,7 +223,7 @@ class _Rows:
         axis = str(labels.index.name)
         known = dataset.actstore.layers
         if wanted is None:
-            mine = [name for name, one in known.items() if axis in dataset[one].dims]
+            mine = [name for name in known if _is_on(dataset, name, axis)]
         else:
             mine = [wanted] if isinstance(wanted, str) else list(wanted)
         unknown = sorted(set(names) - set(mine))
@@ -248,6 +250,11 @@ class _Rows:
         values: NDArray[Any] = self.dataset.variables[label][rows].values
         return values.astype(object) if values.dtype.kind in _TEXT else values
 
+    def columns(self, label: str) -> Iterator[NDArray[Any]]:
+        """Read a label, some rows at a time."""
+        for first in range(0, self.count, _MOST_ROWS):
+            yield self.column(label, slice(first, min(first + _MOST_ROWS, self.count)))
+
     def pieces(self, layers: Sequence[_Layer]) -> Iterator[slice]:
         """Yield rows that can be in memory together, of some layers."""
         step = self.memory // _SHARE // sum(layer.row_bytes for layer in layers)
@@ -263,6 +270,15 @@ class _Rows:
         step = min(max(step - step % chunk, min(step, chunk), 1), _MOST_ROWS)
         for first in range(0, self.count, step):
             yield slice(first, min(first + step, self.count))
+
+
+def _is_on(dataset: xr.Dataset, name: str, dim: str) -> bool:
+    """Whether a layer has rows on a token axis."""
+    try:
+        dataset.actstore.layer(name, dim=dim)
+    except ConfigError:
+        return False
+    return True
 
 
 def _layer(dataset: xr.Dataset, name: str, dim: str, given: str | None, kind: str) -> _Layer:
@@ -336,11 +352,11 @@ Tensor = tuple[str, tuple[int, ...], Callable[[], Iterator[NDArray[Any]]]]
 
 def _write_safetensors(rows: _Rows, path: Path) -> int:
     tensors: dict[str, Tensor] = {}
-    labels = []
+    labels: list[str] = []
     for label in rows.labels:
-        for name, values in _plain(label, rows.column(label)).items():
-            labels.append(name)
-            tensors[name] = values.dtype.name, values.shape, _once(values)
+        mine = _label_tensors(rows, label)
+        labels += mine
+        tensors |= mine
     for layer in rows.layers:
         kind = layer.source if layer.source in safe_tensors.NAMES else layer.values.dtype.name
         tensors[layer.out] = kind, layer.values.shape, _read(rows, layer, kind)
@@ -356,16 +372,31 @@ def _write_safetensors(rows: _Rows, path: Path) -> int:
         return rows.count
 
 
-def _plain(label: str, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Give a label as tensors: text as its bytes and offsets."""
-    if values.dtype != object:
-        return {label: values}
-    texts = [str(one).encode("utf-8", "replace") for one in values.tolist()]
-    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+def _label_tensors(rows: _Rows, label: str) -> dict[str, Tensor]:
+    """Give a label as tensors that are read when they are written: text as bytes and offsets."""
+    kind, pieces = rows.dataset.variables[label].dtype, partial(rows.columns, label)
+    if kind.kind not in _TEXT:
+        return {label: (kind.name, (rows.count,), pieces)}
+    offsets = np.zeros(rows.count + 1, np.int64)
+    done = 0
+    for texts in pieces():
+        lengths = [len(one) for one in _encoded(texts)]
+        offsets[done + 1 : done + 1 + len(lengths)] = lengths
+        done += len(lengths)
+    np.cumsum(offsets, out=offsets)
+
+    def read() -> Iterator[NDArray[np.uint8]]:
+        for texts in pieces():
+            yield np.frombuffer(b"".join(_encoded(texts)), np.uint8)
+
     return {
-        f"{label}_bytes": np.frombuffer(b"".join(texts), np.uint8),
-        f"{label}_offsets": offsets,
+        f"{label}_bytes": ("uint8", (int(offsets[-1]),), read),
+        f"{label}_offsets": ("int64", offsets.shape, _once(offsets)),
     }
+
+
+def _encoded(texts: NDArray[Any]) -> list[bytes]:
+    return [str(one).encode("utf-8", "replace") for one in texts.tolist()]
 
 
 def _once(values: Any) -> Callable[[], Iterator[NDArray[Any]]]:
