@@ -8,6 +8,7 @@ Both are known by what they can do, and neither package is imported: ``Activatio
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -66,21 +67,27 @@ def _mapping(cache: Mapping[str, Any], told: Told) -> Foreign:
 
 
 def _nnsight(cache: Any, told: Told) -> Foreign:
-    """Read a cache whose visits are passes: each module's k-th visit is in the k-th."""
+    """Read a cache whose visits are passes: each module's k-th visit is in the k-th.
+
+    There are as many passes as most modules have visits. A module that has more, by a factor, is
+    called so often in each; of which pass the visits of others are can't be told, so that they
+    come last, in a pass without rows (the generator and its streamer, an expert).
+    """
     visits = {str(path): _visits(cache[path]) for path in cache.keys()}  # noqa: SIM118 - no mapping
-    count = min(map(len, visits.values()), default=0)
-    even = count and all(len(one) % count == 0 for one in visits.values())
-    passes: list[dict[str, Any]] = [{} for _ in range(count if even else 1)]
+    counts = Counter(map(len, visits.values()))
+    count = max(counts, key=lambda one: (counts[one], one), default=0)
+    passes: list[dict[str, Any]] = [{} for _ in range(count)]
+    others: dict[str, Any] = {}
     for path, values in visits.items():
         name = path.removeprefix(_ROOT).removeprefix(".") if _is_root(path) else path
-        calls = len(values) // len(passes) if even else len(values)
+        calls, odd = divmod(len(values), count)
         for number, (output, given) in enumerate(values):
-            here = passes[number // calls]
-            call = number % calls
+            here = others if odd else passes[number // calls]
+            call = number if odd else number % calls
             for key, value in ((name, output), (f"{name}@in", given)):
                 if value is not None:
                     here[f"{key}{_CALL}{call}" if call else key] = value
-    return Foreign("nnsight 0.8.1, tracer.cache()", (), _passes(passes, told))
+    return Foreign("nnsight 0.8.1, tracer.cache()", (), _passes(passes, told, others))
 
 
 def _is_root(path: str) -> bool:
@@ -103,20 +110,11 @@ def _visits(entry: Any) -> list[tuple[Any, Any]]:
     return [(first_tensor(one), first_tensor(two)) for one, two in zip(*several, strict=True)]
 
 
-def _passes(passes: Sequence[Mapping[str, Any]], told: Told) -> Iterator[ForeignPass]:
-    """Yield one pass for each mapping."""
-    named = []
-    for one in passes:
-        arrays: dict[str, Array] = {}
-        memory: dict[str, Any] = {}
-        for name, value in one.items():
-            found = first_tensor(value)
-            if found is None and value is not None and not isinstance(value, dict | list | tuple):
-                found = value
-            if found is not None:
-                arrays[str(name)] = as_array(found, f"layer {name!r:.80}")
-                memory[str(name)] = memory_of(found)
-        named.append((arrays, memory))
+def _passes(
+    passes: Sequence[Mapping[str, Any]], told: Told, others: Mapping[str, Any] | None = None
+) -> Iterator[ForeignPass]:
+    """Yield one pass for each mapping, and one without rows for the others."""
+    named = [_arrays(one) for one in passes]
     labels = _labels(named, told)
     start = 0
     for (arrays, memory), mine in zip(named, labels, strict=True):
@@ -129,6 +127,23 @@ def _passes(passes: Sequence[Mapping[str, Any]], told: Told) -> Iterator[Foreign
                 yield ForeignPass(found.axis, firings, found.annotations)
         except FormatError as error:  # what is in memory is the caller's
             raise ConfigError(str(error)) from None
+    if others:
+        arrays, _ = _arrays(others)
+        yield ForeignPass(None, (_called(Firing(name, one[...])) for name, one in arrays.items()))
+
+
+def _arrays(values: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Give the first tensor of each layer, and what is equal for those of the same memory."""
+    arrays: dict[str, Array] = {}
+    memory: dict[str, Any] = {}
+    for name, value in values.items():
+        found = first_tensor(value)
+        if found is None and value is not None and not isinstance(value, dict | list | tuple):
+            found = value
+        if found is not None:
+            arrays[str(name)] = as_array(found, f"layer {name!r:.80}")
+            memory[str(name)] = memory_of(found)
+    return arrays, memory
 
 
 def _called(firing: Firing) -> Firing:

@@ -144,15 +144,20 @@ def test_visits_of_nnsight_are_passes_and_positions_go_on(tmp_path: Path) -> Non
     prompt, step = torch.ones(2, 3, 4), torch.ones(2, 1, 4)
     visits = [prompt, step * 2, step * 3]
     twice = [one * factor for one in visits for factor in (10, 20)]
-    cache = CacheView({"model.layers.0": visits, "model.layers.1.mlp": twice})
+    modules = {"model.layers.0": visits, "model.layers.1": visits, "model.layers.1.mlp": twice}
+    some = {"model.generator": [torch.zeros(2, 6)], "model.layers.1.experts.0": [step, step]}
+    cache = CacheView(modules | some)
     tokens = torch.arange(12).reshape(2, 6)  # the last of them was made, and not fed
     made = actstore.save_cache(cache, tmp_path / "a.stream", tokens=tokens)
-    assert made.passes == 3
+    assert made.passes == 4
     with actstore.open_dataset(made.path, chunks=None) as found:
         assert found.token_id.values.tolist() == [0, 1, 2, 6, 7, 8, 3, 9, 4, 10]
         assert found.position.values.tolist() == [0, 1, 2, 0, 1, 2, 3, 3, 4, 4]
         assert found.resid.sel(layer=0)[:, 0].values.tolist() == [1.0] * 6 + [2, 2, 3, 3]
+        # which passes the visits of these were in can't be told: they are no rows
+        assert found["layers.experts.0_values"].size == found["generator_values"].size + 4 == 16
     found = packets_of(made.path)
+    assert found["layers.1.experts.0", 3, 1].shape == (2, 1, 4)
     assert found["layers.1.mlp", 1, 0][0, 0, 0] == 20
     assert found["layers.1.mlp", 1, 1][0, 0, 0] == 40
 
