@@ -40,9 +40,6 @@ PARTS = {"self_attn": "attn", "block_sparse_mixture_of_experts": "mlp", "a_long_
 #: What has to be there for those that come later.
 ORDER = ("capture", "info", "ls", "tokens", "recover", "compact", "export", "import")
 
-#: What reads and writes other tools' files.
-BRIDGES = hasattr(actstore, "export_rows")
-
 
 def invoke(*arguments: Any, width: int = 80, given: str | None = None) -> Any:
     """Run a command in this process, in a terminal so wide."""
@@ -548,7 +545,6 @@ def test_an_archive_is_exported_and_imported_the_same(
     assert files_of(again) == files_of(files / "run.zarr")
 
 
-@pytest.mark.skipif(not BRIDGES, reason="nothing here writes other tools' files")
 @pytest.mark.parametrize("ending", [".safetensors", ".parquet", ""])
 def test_rows_are_exported_as_other_tools_have_them(
     files: Path, tmp_path: Path, ending: str
@@ -887,8 +883,6 @@ def test_the_examples_of_the_help_work(tmp_path: Path, monkeypatch: pytest.Monke
         if name == "append":
             invoke("capture", MODEL, "later.stream", "--prompt", "Later on")
         for line in examples_of(name):
-            if "rows." in line and not BRIDGES:
-                continue
             done = invoke(*shlex.split(line)[1:])
             assert done.exit_code == 0, f"{line}\n{done.output}"
             assert done.stdout, line
