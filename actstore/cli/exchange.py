@@ -234,7 +234,7 @@ def _export(  # noqa: PLR0913 - options of a command, each by its name
     name = target.name.lower()
     of_rows = {"layers": layers, "format": form, "names": _named(names),
                "context_size": context_size, "dim": dim}  # fmt: skip
-    given = {name: value for name, value in of_rows.items() if value}
+    given: dict[str, Any] = {name: value for name, value in of_rows.items() if value}
     if form is None and name.endswith(WHOLE):
         if given:
             msg = (
@@ -275,7 +275,7 @@ def _import(
             return actstore.import_archive(
                 source, target, max_memory_gb=max_memory_gb, progress=progress
             )
-    given = {"kind": kind, "layers": layer_ids, "names": _named(names)}
+    given: dict[str, Any] = {"kind": kind, "layers": layer_ids, "names": _named(names)}
     if tokens is not None:
         import numpy as np
 
