@@ -185,8 +185,11 @@ def _of_runs(runs: Sequence[Any]) -> dict[str, Any]:
             identities = []
         for one in identities:  # where on a disk it was is nobody's business
             if isinstance(one["name"], str):
-                one["name"] = one["name"].rstrip("/").rpartition("/")[2] if _is_place(
-                    one["name"]) else one["name"]
+                one["name"] = (
+                    one["name"].rstrip("/").rpartition("/")[2]
+                    if _is_place(one["name"])
+                    else one["name"]
+                )
         models += [one for one in identities if one not in models]
         capture, writer = _mapping(run.get("capture")), _mapping(run.get("writer"))
         told = {"run": run.get("run_id"), "begun": run.get("created"), "rank": run.get("rank")}
