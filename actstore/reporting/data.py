@@ -73,7 +73,6 @@ def of_path(source: str | os.PathLike[str], limits: Limits, *, check: bool) -> d
             raise
         said = _said(xr.Dataset(), name, limits)
         said["notes"] = [f"The log is damaged, so that its values are not shown: {error}"[:500]]
-        said["advice"] = f'actstore.recover("{name}")'
     else:
         with dataset:
             said = _said(dataset, name, limits)
@@ -82,6 +81,8 @@ def of_path(source: str | os.PathLike[str], limits: Limits, *, check: bool) -> d
             analysis = summary.summarise(reader)
             header: Mapping[str, Any] = reader.header
             said |= _of_analysis(analysis) | _of_runs([header])
+            if health["state"] == "damaged" or reader.damage:
+                said["advice"] = f'actstore.recover("{name}")'
             if health["state"] == "unchecked" and not reader.complete:
                 health |= {"state": "unfinished", "words": _UNFINISHED}
     said["health"] = health
