@@ -13,6 +13,7 @@ from typing import Any, Final
 __all__ = ["Page", "amount", "attribute", "bytes_of", "escape", "facts", "table"]
 
 _LONGEST: Final = 300  # characters of a cell
+_LONG: Final = 20  # characters, from which on a text is long
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -72,17 +73,14 @@ def facts(caption: str, pairs: Iterable[tuple[str, Any]]) -> str:
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(amount(value))}</td></tr>'
         for name, value in pairs
     )
-    return f"<table><caption>{escape(caption)}</caption><tbody>{rows}</tbody></table>"
+    return f'<table class="f"><caption>{escape(caption)}</caption><tbody>{rows}</tbody></table>'
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Give a table with headings; the first cell of each row is the heading of it."""
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
     body = "".join(
-        "<tr>"
-        + f'<th scope="row">{escape(amount(row[0]))}</th>'
-        + "".join(_cell(one) for one in row[1:])
-        + "</tr>"
+        f"<tr>{_cell('th', row[0])}{''.join(_cell('td', one) for one in row[1:])}</tr>"
         for row in rows
     )
     return (
@@ -91,10 +89,13 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     )
 
 
-def _cell(value: Any) -> str:
+def _cell(tag: str, value: Any) -> str:
+    """Give a cell: of class n what is a number, of class t what is a long text."""
+    text = amount(value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    opening = '<td class="n">' if number else "<td>"
-    return f"{opening}{escape(amount(value))}</td>"
+    kind = "n" if number else "t" if len(text) > _LONG else ""
+    scope = ' scope="row"' if tag == "th" else ""
+    return f"<{tag}{scope}{f' class={kind}' if kind else ''}>{escape(text)}</{tag}>"
 
 
 @dataclass(frozen=True, slots=True)

@@ -278,8 +278,8 @@
     const gap = wide > 6 ? 1 : 0;
     variable().norms.forEach((values, layer) => values.forEach((value, token) => {
       context.fillStyle = value === null || !mine ? none : css(colour(share(value, mine)));
-      const top = (rows - 1 - layer) * high;
-      context.fillRect(Math.floor(token * wide), Math.floor(top), Math.ceil(wide) - gap, Math.ceil(high) - (gap || 0));
+      const left = Math.round(token * wide), top = Math.round((rows - 1 - layer) * high);
+      context.fillRect(left, top, Math.round((token + 1) * wide) - left - gap, Math.round((rows - layer) * high) - top - gap);
     }));
     const x = state.token * wide, y = (rows - 1 - state.layer) * high;
     for (const [ink, line] of [["#000", 4 * scale], ["#fff", 2 * scale]]) {

@@ -322,8 +322,8 @@ def _sizes(said: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     ]
     most = max((one["stored"] for one in said["sites"]), default=0) or 1
     body = "".join(
-        f'<tr><th scope="row">{escape(one["site"])}<small>{escape(one["what"])}</small></th>'
-        f'<td class="n">{one["layers"]:,}</td><td class="n">{escape(bytes_of(one["raw"]))}</td>'
+        f'<tr><th scope="row" class="s">{escape(one["site"])}<small>{escape(one["what"])}</small></th>'
+        f'<td class="n">{one["layers"]:,}</td><td class="n">{_captured(one)}</td>'
         f'<td class="n">{escape(bytes_of(one["stored"]))}{_bar(one["stored"] / most)}</td>'
         f'<td class="n">{_ratio(one)}</td></tr>'
         for one in said["sites"]
@@ -335,7 +335,7 @@ def _sizes(said: Mapping[str, Any], source: Mapping[str, Any]) -> str:
         f"<tbody>{body}</tbody></table>"
     )
     rows = [
-        (one["layer"], one["site"], one["packets"], bytes_of(one["raw"]),
+        (one["layer"], one["site"], one["packets"], _captured(one),
          bytes_of(one["stored"]), _ratio(one))
         for one in said["layers"]
     ]  # fmt: skip
@@ -352,10 +352,16 @@ def _sizes(said: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     )
 
 
+def _captured(one: Mapping[str, Any]) -> str:
+    if one["aliases"] and not one["raw"]:
+        return "under another name"
+    return bytes_of(one["raw"])
+
+
 def _ratio(one: Mapping[str, Any]) -> str:
-    if one["stored"]:
+    if one["raw"] and one["stored"]:
         return f"{one['raw'] / one['stored']:.2f}×"
-    return "stored once" if one["aliases"] else "–"
+    return "–"
 
 
 def _bar(share: float) -> str:
