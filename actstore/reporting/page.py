@@ -322,9 +322,10 @@ def _sizes(said: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     ]
     most = max((one["stored"] for one in said["sites"]), default=0) or 1
     body = "".join(
-        f'<tr><th scope="row" class="s">{escape(one["site"])}<small>{escape(one["what"])}</small></th>'
+        f'<tr><th scope="row" class="s">{escape(one["site"])}'
+        f"<small>{escape(one['what'])}</small></th>"
         f'<td class="n">{one["layers"]:,}</td><td class="n">{_captured(one)}</td>'
-        f'<td class="n">{escape(bytes_of(one["stored"]))}{_bar(one["stored"] / most)}</td>'
+        f'<td class="n">{_stored(one)}{_bar(one["stored"] / most)}</td>'
         f'<td class="n">{_ratio(one)}</td></tr>'
         for one in said["sites"]
     )
@@ -336,7 +337,7 @@ def _sizes(said: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     )
     rows = [
         (one["layer"], one["site"], one["packets"], _captured(one),
-         bytes_of(one["stored"]), _ratio(one))
+         _stored(one), _ratio(one))
         for one in said["layers"]
     ]  # fmt: skip
     heads_each = ("layer", "site", "packets", "captured", "stored", "ratio")
@@ -356,6 +357,12 @@ def _captured(one: Mapping[str, Any]) -> str:
     if one["aliases"] and not one["raw"]:
         return "under another name"
     return bytes_of(one["raw"])
+
+
+def _stored(one: Mapping[str, Any]) -> str:
+    if not one["stored"] and (one["raw"] or one["aliases"]):
+        return "under another name"
+    return bytes_of(one["stored"])
 
 
 def _ratio(one: Mapping[str, Any]) -> str:
