@@ -219,8 +219,16 @@
   };
   const placeOf = (target) => options.indexOf(target.closest ? target.closest("[role=option]") : null);
   tokens.addEventListener("click", (event) => { const at = placeOf(event.target); if (at >= 0) selectToken(at, true); });
-  tokens.addEventListener("mouseover", (event) => { const at = placeOf(event.target); if (at >= 0) tipOfToken(at); });
-  tokens.addEventListener("mouseleave", hideTip);
+  // when the strip scrolls under a pointer that rests, the browser says mouseover too
+  let pointer = [-1, -1];
+  const rests = (event) => event.clientX === pointer[0] && event.clientY === pointer[1];
+  tokens.addEventListener("mouseover", (event) => {
+    const at = placeOf(event.target);
+    if (at >= 0 && !rests(event)) tipOfToken(at);
+    pointer = [event.clientX, event.clientY];
+  });
+  tokens.addEventListener("mousemove", (event) => { pointer = [event.clientX, event.clientY]; });
+  tokens.addEventListener("mouseleave", (event) => { if (!rests(event)) hideTip(); });
   tokens.addEventListener("focusin", (event) => {
     const at = placeOf(event.target);
     if (at < 0) return;
