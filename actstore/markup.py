@@ -119,6 +119,6 @@ class Page:
     def _repr_html_(self) -> str:
         return (
             f'<iframe title="Report of {escape(self.title)}" sandbox="allow-scripts" '
-            'style="width:100%;height:46rem;border:1px solid #8886;border-radius:8px" '
+            'style="box-sizing:border-box;width:100%;height:46rem;border:1px solid #8886" '
             f'srcdoc="{attribute(self.html)}"></iframe>'
         )

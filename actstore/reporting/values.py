@@ -129,11 +129,11 @@ def described(dataset: xr.Dataset, limits: Limits) -> dict[str, Any]:
     share = _SAMPLE_BYTES // max(len(sources), 1)
     for source in sources:
         found.variables.append(_about(source))
-    rows = {
-        dim: _sequence(axis, limits, found)
-        for dim, axis in token_axes(dataset).items()
-        if any(one.dim == dim for one in sources) or not sources
-    }
+    axes = token_axes(dataset)
+    shown = [one for dim, one in axes.items() if not sources or dim in {s.dim for s in sources}]
+    rows = {axis.dim: _sequence(axis, limits, found) for axis in shown}
+    if shown and limits.sequence is not None and not any(one.size for one in rows.values()):
+        raise ConfigError(_no_sequence(shown[0], *limits.sequence))
     rows, features = _fitting(sources, rows, found)
     for source, said in zip(sources, found.variables, strict=True):
         try:
@@ -142,7 +142,6 @@ def described(dataset: xr.Dataset, limits: Limits) -> dict[str, Any]:
                 said |= _on_strip(source, rows[source.dim], features, limits)
         except _FAULTS as error:
             found.notes.append(f"{source.name}: its values can't be read: {error}"[:500])
-    axes = token_axes(dataset)
     found.strips = {dim: _tokens(axes[dim], mine, found) for dim, mine in rows.items()}
     return {"variables": found.variables, "strips": found.strips, "notes": found.notes}
 
@@ -306,11 +305,7 @@ def _sequence(axis: TokenAxis, limits: Limits, found: _Found) -> NDArray[np.int6
         index, item = limits.sequence
         here = np.flatnonzero((passes[order] == index) & (items[order] == item))
         if not here.size:
-            msg = (
-                f"there are no rows of pass {index}, batch item {item} on {axis.dim!r}, which has "
-                f"passes {passes.min()} to {passes.max()}, items {items.min()} to {items.max()}"
-            )
-            raise ConfigError(msg)
+            return here
         first = int(here[0])
         last = int(ends[np.searchsorted(starts, first, side="right") - 1])
     if last - first > limits.max_tokens:
@@ -319,6 +314,16 @@ def _sequence(axis: TokenAxis, limits: Limits, found: _Found) -> NDArray[np.int6
             f"{limits.max_tokens:,} are shown"
         )
     return order[first : min(last, first + limits.max_tokens)]
+
+
+def _no_sequence(axis: TokenAxis, index: int, item: int) -> str:
+    if not axis.rows or "pass_index" not in axis or "batch_item" not in axis:
+        return f"there are no rows of pass {index}, batch item {item} on {axis.dim!r}"
+    passes, items = axis.label("pass_index"), axis.label("batch_item")
+    return (
+        f"there are no rows of pass {index}, batch item {item} on {axis.dim!r}, which has passes "
+        f"{passes.min()} to {passes.max()}, items {items.min()} to {items.max()}"
+    )
 
 
 def _fitting(

@@ -52,10 +52,11 @@ def run_log(
     texts: list[str] | None = None,
     finish: bool = True,
     dtype: Any = np.float32,
+    run: str = "00000000-0000-4000-8000-000000000000",
 ) -> tuple[Path, np.ndarray]:
     """Write a log of a prompt and some generated tokens; give what ``resid`` holds."""
     texts = texts or HOSTILE
-    log = LogBuilder(path)
+    log = LogBuilder(path, run=run)
     names = [f"model.layers.{block}" for block in range(layers)]
     for block, name in enumerate(names):
         log.layer(name, "resid", block)

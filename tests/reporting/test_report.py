@@ -25,6 +25,8 @@ from actstore.reporting import page as pages
 from actstore.reporting.values import Limits, described
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
+from logs import LogBuilder, axis
 from runs import HOSTILE, compacted, odd_datasets, odd_logs, run_log
 
 LIMITS = Limits(400, None, 1.0)
@@ -129,6 +131,39 @@ def test_padding_and_missing_rows_are_in_no_statistic() -> None:
     assert one["quantiles"] == [[1.0] * 7] * 2
     assert one["norms"][1][0] is None
     assert one["norms"][0] == pytest.approx([3**0.5] * 4, rel=1e-3)
+
+
+def test_each_token_axis_has_a_strip_of_its_own(tmp_path: Path) -> None:
+    log = LogBuilder(tmp_path / "both.stream")
+    for name in ("encoder_resid", "decoder_resid"):
+        log.layer(name, name)
+    log.begin(axis(1, 4, name="encoder_token"), axis(1, 3, name="decoder_token"))
+    values = {"encoder_resid": np.ones((1, 4, 2), np.float32), "decoder_resid": np.eye(3)[None]}
+    for name, one in values.items():
+        log.put(name, one.astype(np.float32))
+    log.begin(axis(1, 1, name="decoder_token", start=3))
+    log.put("decoder_resid", np.full((1, 1, 3), 2, np.float32))
+    said = data_in(actstore.report(log.close(), tmp_path / "a.html").read_text())
+    strips = {name: one["position"] for name, one in said["strips"].items()}
+    assert strips == {"encoder_token": [0, 1, 2, 3], "decoder_token": [0, 1, 2, 3]}
+    norms = {one["name"]: one["norms"] for one in said["variables"]}
+    assert norms["encoder_resid"] == [[1.414] * 4]
+    assert norms["decoder_resid"] == [[1.0, 1.0, 1.0, 3.464]]
+    page = actstore.report(log.path, tmp_path / "b.html", sequence=(1, 0))
+    assert data_in(page.read_text())["strips"]["encoder_token"]["count"] == 0
+
+
+def test_an_archive_of_several_logs_has_a_sequence_of_one(tmp_path: Path) -> None:
+    logs = [
+        run_log(tmp_path / f"{name}.stream", rows=rows, generated=0, run=name)[0]
+        for name, rows in [("a", 5), ("b", 8)]
+    ]
+    actstore.compact(logs, tmp_path / "both.zarr")
+    text = actstore.report(tmp_path / "both.zarr", tmp_path / "a.html").read_text()
+    strip = data_in(text)["strips"]["token"]
+    assert strip["row"] == list(range(5, 13))
+    assert strip["labels"]["run"] == [1] * 8
+    assert "Capture 2" in text
 
 
 def test_health_sizes_and_the_meter_are_on_the_page(tmp_path: Path) -> None:
