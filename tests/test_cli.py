@@ -527,6 +527,17 @@ def test_stats_count_what_is_not_finite(files: Path) -> None:
             assert one["nonfinite"] == int((~np.isfinite(dataset[name].values)).sum())
 
 
+def test_report_writes_the_page_that_the_library_writes(files: Path, tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    done = invoke("report", files / "run.zarr", "-o", target, "--sequence", "0", "0", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"path": str(target), "bytes": target.stat().st_size}
+    wanted = actstore.report(files / "run.zarr", tmp_path / "own.html", sequence=(0, 0))
+    lines = [re.sub(r" on 20[\d-]+T[\d:]+ UTC", "", one.read_text()) for one in (target, wanted)]
+    assert lines[0] == lines[1]
+    assert invoke("report", files / "run.zarr", "-o", files / "run.stream").exit_code == 3
+
+
 @pytest.mark.parametrize("ending", [".h5", ".zarr.zip"])
 def test_an_archive_is_exported_and_imported_the_same(
     files: Path, tmp_path: Path, ending: str

@@ -23,7 +23,7 @@ from actstore.errors import ConfigError
 from actstore.files import atomic_write
 from actstore.markup import Page, amount, attribute, bytes_of, escape, facts, table
 from actstore.reporting import data
-from actstore.reporting.values import Limits
+from actstore.reporting.values import SAMPLE_VALUES, Limits
 
 __all__ = ["Page", "explore", "report"]
 
@@ -489,11 +489,19 @@ def _samples(variables: Sequence[Mapping[str, Any]]) -> list[str]:
             rows, of = sample["rows"], sample["of"]
             words = "all" if rows + sample.get("padding", 0) >= of else f"{rows:,} of"
             told.setdefault(f"{words} {of:,} rows", []).append(one["name"])
-    return [
+    found = [
         f"The distributions of {', '.join(names[:5])}{', …' * (len(names) > 5)} are of {words}"
         + (", runs spread evenly." if " of " in words else ", but for padding.")
         for words, names in told.items()
     ]
+    if found:
+        found.append(
+            "The features in the strip are those of each layer whose values differ most in it, by "
+            "their standard deviation. Quantiles and zeros of a layer with more than "
+            f"{SAMPLE_VALUES:,} values in the sample are of at least as many of them, of each "
+            "feature alike."
+        )
+    return found
 
 
 def _wide(html: str) -> str:

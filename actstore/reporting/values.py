@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from actstore.accessor import TokenAxis, token_axes
 from actstore.analysis.moments import cosines, row_squares
+from actstore.analysis.sketch import every
 from actstore.analysis.source import Source, flat, source_of
 from actstore.errors import ActstoreError, ConfigError
 
-__all__ = ["QUANTILES", "Limits", "described", "finite"]
+__all__ = ["QUANTILES", "SAMPLE_VALUES", "Limits", "described", "finite"]
 
 Floats = NDArray[np.float64]
 
@@ -31,7 +32,7 @@ _FIRST: Final = ("resid", "mlp", "attn", "embed", "final_norm", "logits")
 _SAMPLE_BYTES: Final = 256 << 20
 _STRIP_BYTES: Final = 768 << 20
 _NUMBERS: Final = 450_000  # of the strips, 7 bytes each
-_SAMPLE_VALUES: Final = 1 << 18  # of a layer, that quantiles are of
+SAMPLE_VALUES: Final = 1 << 18  # of a layer, that quantiles are of
 _RUNS: Final = 8  # of rows
 _RUN_ROWS: Final = 64
 _MOST_ROWS: Final = 1 << 14
@@ -41,6 +42,7 @@ _TEXT: Final = 120  # characters of a token, or of a label's value
 _VARIABLES: Final = 64
 _LAYERS: Final = 512
 _COPIES: Final = 8
+_WHY: Final = "since none differs in the sequence, or a row is too wide for max_memory_gb"
 _OWN: Final = ("token_text", "token_id", "position", "step", "is_padding", "pass_index")
 #: What reading damaged or odd files may raise.
 _FAULTS: Final = (ActstoreError, OSError, ValueError, RuntimeError, TypeError, IndexError)
@@ -95,7 +97,8 @@ class _Found:
 
 def finite(values: Any, digits: int = 4) -> Any:
     """Give floats as lists of rounded ones, None for what isn't finite."""
-    found = np.asarray(values, np.float64)
+    with np.errstate(invalid="ignore"):  # NaNs that signal
+        found = np.asarray(values, np.float64)
     if found.ndim > 1:
         return [finite(one, digits) for one in found]
     if found.ndim:
@@ -137,9 +140,12 @@ def described(dataset: xr.Dataset, limits: Limits) -> dict[str, Any]:
     rows, features = _fitting(sources, rows, found)
     for source, said in zip(sources, found.variables, strict=True):
         try:
-            said |= _sampled(source, share, limits)
-            if rows[source.dim].size and not said["cut"]:
-                said |= _on_strip(source, rows[source.dim], features, limits)
+            with np.errstate(all="ignore"):  # values are any, NaNs that signal among them
+                said |= _sampled(source, share, limits)
+                if rows[source.dim].size and not said["cut"]:
+                    said |= _on_strip(source, rows[source.dim], features, limits)
+            if features and "features" in said and not any(said["features"]) and source.width > 1:
+                found.notes.append(f"{source.name}: no features are shown, {_WHY}")
         except _FAULTS as error:
             found.notes.append(f"{source.name}: its values can't be read: {error}"[:500])
     found.strips = {dim: _tokens(axes[dim], mine, found) for dim, mine in rows.items()}
@@ -227,8 +233,7 @@ def _sampled(source: Source, share: int, limits: Limits) -> dict[str, Any]:
         said = _distribution(rows[keep[number]])
         if before is not None:
             both = keep[number] & keep[number - 1]
-            with np.errstate(all="ignore"):
-                turned = cosines(before[both], rows[both])
+            turned = cosines(before[both], rows[both])
             said["cosine"] = _mean(turned)
         layers.append(said)
         before = rows
@@ -249,12 +254,12 @@ def _read(source: Source, place: int | None, runs: list[slice]) -> NDArray[Any]:
 def _distribution(rows: NDArray[Any]) -> dict[str, Any]:
     """Say how values are distributed, [n, width]; None of what there are none."""
     values = rows.reshape(-1)
-    values = values[:: max(values.size // _SAMPLE_VALUES, 1)].astype(np.float64)
+    stride = every(values.size, rows.shape[1], SAMPLE_VALUES)  # which favours no feature
+    values = values[::stride].astype(np.float64)
     there = values[np.isfinite(values)]
-    with np.errstate(all="ignore"):
-        norms = np.sqrt(row_squares(rows)) if rows.size else np.zeros(0)
-        norms = norms[np.isfinite(norms)]
-        quantiles = np.quantile(there, QUANTILES) if there.size else np.full(len(QUANTILES), None)
+    norms = np.sqrt(row_squares(rows)) if rows.size else np.zeros(0)
+    norms = norms[np.isfinite(norms)]
+    quantiles = np.quantile(there, QUANTILES) if there.size else np.full(len(QUANTILES), None)
     return {
         "quantiles": finite(quantiles.astype(np.float64)),
         "mean": _mean(there),
@@ -267,8 +272,7 @@ def _distribution(rows: NDArray[Any]) -> dict[str, Any]:
 
 def _mean(values: NDArray[Any]) -> Any:
     there = values[np.isfinite(values)]
-    with np.errstate(all="ignore"):
-        return finite(there.mean()) if there.size else None
+    return finite(there.mean()) if there.size else None
 
 
 # -- the strip ------------------------------------------------------------------------------------
@@ -383,8 +387,7 @@ def _on_strip(
         blocks = []
         for part in _pieces(rows, max(held, 1)):
             block = flat(source.variable[rows[part] if place is None else (place, rows[part])])
-            with np.errstate(all="ignore"):
-                mine[part] = np.sqrt(row_squares(block)) if source.width else 0.0
+            mine[part] = np.sqrt(row_squares(block)) if source.width else 0.0
             blocks.append(block if held >= rows.size else block[:, :0])
         mine[~keep] = np.nan
         norms.append(finite(mine))
@@ -406,10 +409,9 @@ def _differing(values: Floats, count: int) -> list[int]:
     """Give the columns with the largest standard deviation over the rows where it is finite."""
     there = np.isfinite(values)
     some = there.sum(axis=0)
-    with np.errstate(all="ignore"):
-        clean = np.where(there, values, 0.0)
-        mean = clean.sum(axis=0) / some
-        spread = (np.where(there, values - mean, 0.0) ** 2).sum(axis=0) / some
+    clean = np.where(there, values, 0.0)
+    mean = clean.sum(axis=0) / some
+    spread = (np.where(there, values - mean, 0.0) ** 2).sum(axis=0) / some
     spread = np.where(np.isfinite(spread) & (some > 0), spread, -1.0)
     order = np.argsort(-spread, kind="stable")[:count]
     return [int(one) for one in order if spread[one] > 0]

@@ -166,6 +166,48 @@ def test_an_archive_of_several_logs_has_a_sequence_of_one(tmp_path: Path) -> Non
     assert "Capture 2" in text
 
 
+@pytest.mark.parametrize(
+    ("ending", "opening"),
+    [
+        (".h5", "engine=&quot;h5netcdf&quot;"),
+        (".zarr.zip", "zarr.storage.ZipStore(&quot;run.zarr.zip&quot;"),
+    ],
+)
+def test_files_of_an_archive_have_its_page(tmp_path: Path, ending: str, opening: str) -> None:
+    archive = compacted(run_log(tmp_path / "run.stream")[0])
+    actstore.export(archive, tmp_path / f"run{ending}")
+    text = actstore.report(tmp_path / f"run{ending}", tmp_path / "a.html").read_text()
+    assert "✓ Intact" in text
+    assert opening in text
+    of_archive = data_in(actstore.report(archive, tmp_path / "b.html").read_text())
+    assert data_in(text) == of_archive
+
+
+def test_nans_that_signal_and_infinities_are_counted(tmp_path: Path) -> None:
+    bits = np.full((1, 4, 2), 0x7FA00000, np.uint32)
+    bits[0, 2:] = 0x7F800000
+    bits[0, 0] = 0
+    log = LogBuilder(tmp_path / "run.stream")
+    log.layer("m", "resid")
+    log.begin(axis(1, 4))
+    log.put("m", bits.view(np.float32))
+    page = actstore.report(log.close(), tmp_path / "a.html")
+    (one,) = data_in(page.read_text())["variables"]
+    assert one["nonfinite"] == [6]
+    assert one["quantiles"] == [[0.0] * 7]
+    assert one["norms"] == [[0.0, None, None, None]]
+
+
+def test_a_row_too_wide_for_the_memory_has_norms_and_no_features(tmp_path: Path) -> None:
+    log, held = run_log(tmp_path / "run.stream", width=64)
+    page = actstore.report(log, tmp_path / "a.html", max_memory_gb=2e-5)
+    text = page.read_text()
+    one = data_in(text)["variables"][0]
+    np.testing.assert_allclose(one["norms"], np.linalg.norm(held, axis=2), rtol=1e-3)
+    assert not any(one["features"])
+    assert "a row is too wide" in text
+
+
 def test_health_sizes_and_the_meter_are_on_the_page(tmp_path: Path) -> None:
     log, _ = run_log(tmp_path / "run.stream")
     text = actstore.report(log, tmp_path / "a.html").read_text()
@@ -332,6 +374,17 @@ def test_of_many_rows_a_bounded_sample_is_read() -> None:
     assert sample["of"] == rows
     assert 1_000 < sample["rows"] <= 1 << 14
     assert said["strips"]["token"]["count"] == 100
+
+
+def test_of_many_values_no_feature_counts_more_than_another() -> None:
+    values = np.zeros((12_000, 64), np.float32)
+    values[:, 1] = 1.0
+    labels = {"pass_index": ("token", np.arange(12_000))}
+    dataset = xr.Dataset({"resid": (("token", "feature"), values)}, labels)
+    (one,) = described(dataset, LIMITS)["variables"]
+    assert one["sample"]["rows"] == 12_000
+    assert one["zeros"][0] == pytest.approx(63 / 64, rel=1e-3)
+    assert one["mean"][0] == pytest.approx(1 / 64, rel=1e-3)
 
 
 # -- odd runs -------------------------------------------------------------------------------------
