@@ -1,0 +1,197 @@
+"""Owns what all figures share: the style that they are drawn in, their widths, notes and scales.
+
+Figures are made without pyplot, and matplotlib's settings are as before when a call is over.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
+
+from actstore.errors import ConfigError
+from actstore.plots.text import families
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "COLORS",
+    "DASHES",
+    "INK",
+    "SEQUENTIAL",
+    "SIGNED",
+    "SMALL",
+    "blank",
+    "drawn",
+    "hatched",
+    "note",
+    "scale_bar",
+    "ticks_of_layers",
+    "wrapped",
+]
+
+#: Lightness rises evenly from end to end, so that it reads the same in grey, and its hues run from
+#: blue to yellow, which those who don't tell red from green see as everybody does (Nuñez,
+#: Anderton and Renslow, 2018, doi:10.1371/journal.pone.0199239).
+SEQUENTIAL: Final = "cividis"
+#: Red and blue stay apart for all common kinds of colour blindness (ColorBrewer says "safe"; green
+#: is in neither). In grey its ends are alike: whatever is drawn by it marks the sign otherwise too.
+SIGNED: Final = "RdBu_r"
+#: Okabe and Ito's colours, the darker ones; lines have dashes of their own as well.
+COLORS: Final = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9")
+DASHES: Final = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 1)), (0, (8, 2)))
+INK: Final = "0.25"
+SMALL: Final = 6.0  # points; nothing is smaller
+_LAYERS_NAMED: Final = 14
+
+_STYLE: Final[dict[str, Any]] = {
+    "axes.edgecolor": INK,
+    "axes.formatter.use_mathtext": False,
+    "axes.labelsize": 7.0,
+    "axes.linewidth": 0.6,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 7.0,
+    "axes.titlepad": 3.0,
+    "axes.unicode_minus": True,
+    "figure.dpi": 100.0,
+    "figure.facecolor": "white",
+    "font.size": 7.0,
+    "hatch.color": "0.6",
+    "hatch.linewidth": 0.4,
+    "legend.fontsize": SMALL,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text, as publishers ask for
+    "ps.fonttype": 42,
+    "savefig.dpi": 300.0,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "actstore",
+    "text.parse_math": False,  # tokens have dollar signs
+    "text.usetex": False,
+    "xtick.labelsize": SMALL,
+    "xtick.major.size": 2.0,
+    "xtick.major.width": 0.5,
+    "xtick.minor.size": 0.0,
+    "ytick.labelsize": SMALL,
+    "ytick.major.size": 2.0,
+    "ytick.major.width": 0.5,
+    "ytick.minor.size": 0.0,
+}
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    import matplotlib as mpl
+
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever style its user has
+        mpl.rcParams.update({**_STYLE, "font.family": list(families())})
+        yield
+
+
+@contextmanager
+def drawn(width: float, height: float) -> Iterator[Figure]:
+    """Give a figure to draw into, in inches, in the style; it keeps to it when it is saved.
+
+    Raises
+    ------
+    ConfigError
+        There is no matplotlib, or the width is none.
+    """
+    if find_spec("matplotlib") is None:
+        msg = (
+            "figures are drawn by matplotlib, which isn't installed: pip install 'actstore[plot]'"
+        )
+        raise ConfigError(msg)
+    if isinstance(width, bool) or not isinstance(width, int | float) or not 1 <= width <= 60:
+        msg = (
+            f"width must be inches from 1 to 60: 3.4 is a column of a paper, 7 two; got {width!r}"
+        )
+        raise ConfigError(msg)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class Drawn(Figure):
+        """A figure that is drawn and saved in the style that it was made in."""
+
+        def draw(self, renderer: Any) -> None:
+            with _styled(), warnings.catch_warnings():
+                # too narrow for its labels: still better than nothing
+                warnings.filterwarnings("ignore", "constrained_layout not applied")
+                super().draw(renderer)
+
+        def savefig(self, *args: Any, **kwargs: Any) -> None:
+            with _styled():
+                super().savefig(*args, **kwargs)
+
+    with _styled():
+        figure = Drawn(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr]
+        yield figure
+
+
+def note(figure: Figure, text: str) -> None:
+    """Say below a figure what it is of."""
+    if text:
+        figure.supxlabel(text, x=0.995, ha="right", fontsize=SMALL, color="0.35")
+
+
+def blank(width: float, why: str, about: str = "") -> Figure:
+    """Give a figure that says why there is nothing in it."""
+    with drawn(width, 1.0) as figure:
+        axes = figure.add_subplot()
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, why, ha="center", va="center", color=INK, wrap=True)
+        note(figure, about)
+        return figure
+
+
+def hatched(axes: Axes) -> None:
+    """Let what has no value show hatching."""
+    axes.patch.set_facecolor("white")
+    axes.patch.set_hatch("//////")
+    axes.patch.set_edgecolor("0.6")
+
+
+def ticks_of_layers(axes: Axes, layers: Sequence[Any], axis: str = "y") -> None:
+    """Name layers, at most so many, evenly."""
+    step = -(-max(len(layers), 1) // _LAYERS_NAMED)
+    places = list(range(0, len(layers), step))
+    names = [str(layers[one]) for one in places]
+    (axes.set_yticks if axis == "y" else axes.set_xticks)(places, names)
+
+
+def wrapped(text: str, inches: float) -> str:
+    """Break a label where it is longer than its axis."""
+    return "\n".join(textwrap.wrap(text, max(int(inches * 72 / 3.9), 12))[:3])
+
+
+def scale_bar(
+    figure: Figure, image: Any, axes: Any, label: str, *, extend: str = "neither"
+) -> None:
+    """Draw the scale of colours beside axes: 0.12 inches wide, numbers without powers of ten."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter
+
+    aspect = max((figure.get_figheight() - 0.6) / 0.12, 5)
+    bar = figure.colorbar(
+        image,
+        ax=axes,
+        label=wrapped(label, figure.get_figheight() - 1.0),
+        pad=0.012,
+        fraction=0.12,
+        aspect=aspect,
+        extend=extend,
+    )
+    bar.outline.set_linewidth(0.5)  # type: ignore[operator]
+    if isinstance(image.norm, LogNorm):
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        bar.ax.yaxis.set_major_formatter(plain)
+        span = float(image.norm.vmax) / float(image.norm.vmin)
+        bar.ax.yaxis.set_minor_formatter(plain if span < 12 else "")
