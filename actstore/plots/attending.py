@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import xarray as xr
@@ -43,7 +43,7 @@ class _Packet:
     shape: tuple[int, int, int, int]
 
 
-def attention(  # noqa: PLR0913 - which weights
+def attention(
     dataset: xr.Dataset,
     variable: str | None = None,
     *,

@@ -130,7 +130,7 @@ def _of_pass(axis: TokenAxis, pass_index: int | None, item: int | None) -> NDArr
 def _padding(axis: TokenAxis) -> NDArray[np.bool_]:
     if "is_padding" not in axis:
         return np.zeros(axis.rows, np.bool_)
-    return axis.label("is_padding").to_numpy().astype(np.bool_)
+    return np.asarray(axis.label("is_padding").to_numpy(), np.bool_)
 
 
 def _first_sequence(axis: TokenAxis) -> NDArray[np.int64]:

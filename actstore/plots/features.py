@@ -213,9 +213,10 @@ def distributions(
         )  # fmt: skip
         spread = float(np.median(bounds[places, 4] - bounds[places, 2]))
         extreme = float(max(np.abs(least[places]).max(), np.abs(most[places]).max()))
-        if 0 < spread and extreme > 10 * spread:
+        if spread > 0 and extreme > 10 * spread:
             axes.set_yscale("symlog", linthresh=spread)
-            axes.yaxis.get_major_locator().set_params(numticks=9)
+            locator: Any = axes.yaxis.get_major_locator()
+            locator.set_params(numticks=9)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.axhline(0, color="0.5", lw=0.4, zorder=0)
         axes.set_xlim(-0.7, len(names) - 0.3)
@@ -258,7 +259,7 @@ def place_of_layer(source: Source, layer: int | None) -> tuple[int, str]:
     return there.index(layer), f"{source.name}, layer {layer}"
 
 
-def feature_on_text(  # noqa: PLR0913 - which feature, which rows
+def feature_on_text(
     dataset: xr.Dataset,
     variable: str,
     feature: int,

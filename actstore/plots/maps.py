@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -107,12 +108,12 @@ def layer_change(
         return blank(width, "no rows to show", shown.about)
     found = analysis.layer_change(shown.dataset, variable, padding=True)
     names = layer_names(shown.dataset, variable)
-    pairs = [f"{before}→{after}" for before, after in zip(names, names[1:], strict=False)]
+    pairs = [f"{before}→{after}" for before, after in pairwise(names)]
     values = np.maximum(1 - found.values, 0)
     return draw_map(values, pairs, shown, f"change of {variable}: 1 − cosine", width, zero=True)
 
 
-def draw_map(  # noqa: PLR0913 - what a map consists of
+def draw_map(
     values: Floats,
     names: Sequence[str],
     shown: Shown,
@@ -140,7 +141,7 @@ def draw_map(  # noqa: PLR0913 - what a map consists of
             part = slice(panel * most, min((panel + 1) * most, shown.count))
             mine = np.ma.masked_invalid(values[:, part])
             if said == _LOG:  # 0 has no logarithm, and is less than all others
-                mine = np.ma.maximum(mine, scale.vmin)
+                mine = np.ma.maximum(mine, scale.vmin or 0.0)
             hatched(axes)
             image = axes.imshow(
                 mine,
@@ -261,14 +262,14 @@ def layer_correlation(
     if not count:
         return blank(width, "no rows that every layer has", about)
     about += f"; {count:,} in every layer" if not about.startswith(f"all {count:,}") else ""
-    low = float(np.nanmin(found, initial=1.0))
+    start = 0.0 if np.nanmin(found, initial=1.0) >= 0 else -1.0
     with drawn(width, width * 0.86) as figure:
         axes = figure.add_subplot()
         hatched(axes)
         image = axes.imshow(
             np.ma.masked_invalid(found),
             cmap=SEQUENTIAL,
-            vmin=0.0 if low >= 0 else -1.0,
+            vmin=start,
             vmax=1.0,
             origin="lower",
             interpolation="nearest",
@@ -279,7 +280,7 @@ def layer_correlation(
         axes.set_ylabel("layer")
         if len(names) <= _WRITTEN:
             for (row, column), value in np.ndenumerate(found):
-                dark = np.isfinite(value) and image.norm(value) < 0.55
+                dark = np.isfinite(value) and (value - start) / (1 - start) < 0.55
                 axes.text(
                     column,
                     row,
@@ -297,7 +298,7 @@ def layer_correlation(
 def _correlations(dataset: xr.Dataset, variable: str) -> tuple[Floats, int]:
     """Give correlations of layers [layers, layers], and the rows that they are of."""
     source = source_of(dataset, variable)
-    keep = source.keep.all(axis=0)
+    keep: NDArray[np.bool_] = np.asarray(source.keep.all(axis=0))
     layers, step = len(source.places), max((16 << 20) // source.row_bytes // 8, 1)
     shift: Floats | None = None
     products, sums, count = np.zeros((layers, layers)), np.zeros((layers, source.width)), 0

@@ -83,10 +83,8 @@ def trajectory(
     shown = chosen_rows(dataset, variable, rows, pass_index, item)
     source = source_of(shown.dataset, variable, padding=True)
     names = layer_names(shown.dataset, variable)
-    if layer is None:
-        places = _spread(len(names), _PANELS)
-    else:
-        places = [place_of_layer(source, layer)[0]]
+    told = layer is not None
+    places = [place_of_layer(source, layer)[0]] if told else _spread(len(names), _PANELS)
     if not shown.count:
         return blank(width, "no rows to show", shown.about)
     columns = min(len(places), 3)
@@ -151,7 +149,7 @@ def _path(axes: Axes, points: Floats, shares: Floats, title: str) -> Any:
         edgecolors="black", vmin=0, vmax=max(len(points) - 1, 1),
     )  # fmt: skip
     for place, marker in ((there[-1], "s"), (there[0], ">")):
-        color = image.to_rgba(float(place))
+        color = tuple(image.to_rgba(np.array([place]))[0])
         axes.plot(*points[place], marker, ms=5, mfc=color, mec="black", mew=0.7, zorder=3)
     axes.margins(0.12)
     return image
@@ -159,7 +157,7 @@ def _path(axes: Axes, points: Floats, shares: Floats, title: str) -> Any:
 
 def _name_points(axes: Axes, points: Floats, texts: Sequence[str]) -> None:
     """Name points where there is room: the ends first, then as they come, spread evenly."""
-    scale = axes.figure.dpi / 72  # type: ignore[union-attr]
+    scale = axes.figure.dpi / 72
     where = axes.transData.transform(np.nan_to_num(points))
     inside = axes.get_window_extent()
     dots = where[np.isfinite(points[:, 0])]
@@ -170,8 +168,8 @@ def _name_points(axes: Axes, points: Floats, texts: Sequence[str]) -> None:
         wide, high = (len(texts[place]) * 0.62 * SMALL + 1) * scale, (SMALL + 1) * scale
         for side, up in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
             x, y = where[place] + np.array([side * 3, up * 3]) * scale
-            box = (min(x, x + side * wide), min(y, y + up * high))
-            box = (*box, box[0] + wide, box[1] + high)
+            west, south = float(min(x, x + side * wide)), float(min(y, y + up * high))
+            box = (west, south, west + wide, south + high)
             within = box[0] > inside.x0 and box[2] < inside.x1
             within &= box[1] > inside.y0 and box[3] < inside.y1
             over = ((dots > box[:2]) & (dots < box[2:])).all(axis=1).any()

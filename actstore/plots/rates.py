@@ -65,7 +65,7 @@ def run_rates(run: str | os.PathLike[str] | Mapping[str, Any], *, width: float =
         left, right = figure.subplots(1, 2, width_ratios=(2.2, 1))
         _draw_bytes(left, bars, of)
         right.set_axis_off()
-        grid = right.get_subplotspec().subgridspec(2, 1, height_ratios=(1, 1.3))  # type: ignore[union-attr]
+        grid = right.get_subplotspec().subgridspec(2, 1, height_ratios=(1, 1.3))
         right.remove()
         _draw_rates(figure.add_subplot(grid[0]), found)
         _draw_waits(figure.add_subplot(grid[1]), found)
@@ -183,10 +183,8 @@ def _few(axes: Axes, values: Mapping[str, Any], what: str) -> None:
 
 def _about(found: Mapping[str, Any]) -> str:
     raw, stored = found.get("total_raw_bytes"), found.get("total_compressed_bytes")
-    parts = []
-    for name in ("packets", "passes", "tokens"):
-        if isinstance(found.get(name), int):
-            parts.append(f"{found[name]:,} {name}")
+    counts = [one for one in ("packets", "passes", "tokens") if isinstance(found.get(one), int)]
+    parts = [f"{found[name]:,} {name}" for name in counts]
     if raw and stored:
         (one, first), (other, second) = _unit(raw), _unit(stored)
         parts.append(f"{raw / one:.3g} {first} in {stored / other:.3g} {second}, "

@@ -40,7 +40,7 @@ __all__ = [
 #: Anderton and Renslow, 2018, doi:10.1371/journal.pone.0199239).
 SEQUENTIAL: Final = "cividis"
 #: Red and blue stay apart for all common kinds of colour blindness (ColorBrewer says "safe"; green
-#: is in neither). In grey its ends are alike: whatever is drawn by it marks the sign otherwise too.
+#: is in neither). In grey its ends are alike: what is drawn by it marks the sign otherwise too.
 SIGNED: Final = "RdBu_r"
 #: Okabe and Ito's colours, the darker ones; lines have dashes of their own as well.
 COLORS: Final = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9")
@@ -90,7 +90,8 @@ def _styled() -> Iterator[None]:
 
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever style its user has
-        mpl.rcParams.update({**_STYLE, "font.family": list(families())})
+        settings: Any = mpl.rcParams  # whose names are more than a dict of ours is known to have
+        settings.update({**_STYLE, "font.family": list(families())})
         yield
 
 
@@ -115,6 +116,7 @@ def drawn(width: float, height: float) -> Iterator[Figure]:
         raise ConfigError(msg)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     class Drawn(Figure):
         """A figure that is drawn and saved in the style that it was made in."""
@@ -130,9 +132,9 @@ def drawn(width: float, height: float) -> Iterator[Figure]:
                 super().savefig(*args, **kwargs)
 
     with _styled():
-        figure = Drawn(figsize=(width, height), layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
+        figure = Drawn(figsize=(width, height), layout=layout)
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr]
         yield figure
 
 
@@ -189,9 +191,10 @@ def scale_bar(
         aspect=aspect,
         extend=extend,
     )
-    bar.outline.set_linewidth(0.5)  # type: ignore[operator]
+    outline: Any = bar.outline
+    outline.set_linewidth(0.5)
     if isinstance(image.norm, LogNorm):
         plain = FuncFormatter(lambda value, _: f"{value:g}")
         bar.ax.yaxis.set_major_formatter(plain)
-        span = float(image.norm.vmax) / float(image.norm.vmin)
+        span = (image.norm.vmax or 1.0) / (image.norm.vmin or 1.0)
         bar.ax.yaxis.set_minor_formatter(plain if span < 12 else "")
