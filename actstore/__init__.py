@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actstore.appending import append as append
     from actstore.archive.precision import Precision as Precision
+    from actstore.bridges.exporting import export_rows as export_rows
+    from actstore.bridges.importing import import_activations as import_activations
+    from actstore.bridges.importing import save_cache as save_cache
     from actstore.capture.preview import describe as describe
     from actstore.capture.preview import estimate as estimate
     from actstore.capture.preview import suggest_config as suggest_config
@@ -60,13 +63,16 @@ _HOMES = {
     "describe": "actstore.capture.preview",
     "estimate": "actstore.capture.preview",
     "export": "actstore.exporting",
+    "export_rows": "actstore.bridges.exporting",
     "group_statistics": "actstore.grouping",
+    "import_activations": "actstore.bridges.importing",
     "import_archive": "actstore.importing",
     "open_dataset": "actstore.dataset",
     "open_stream": "actstore.stream.reader",
     "packet_table": "actstore.packets",
     "recover": "actstore.stream.recover",
     "remove_added": "actstore.enriching",
+    "save_cache": "actstore.bridges.importing",
     "share": "actstore.sharing",
     "suggest_config": "actstore.capture.preview",
     "verify": "actstore.verification",
@@ -90,13 +96,16 @@ __all__ = [
     "describe",
     "estimate",
     "export",
+    "export_rows",
     "group_statistics",
+    "import_activations",
     "import_archive",
     "open_dataset",
     "open_stream",
     "packet_table",
     "recover",
     "remove_added",
+    "save_cache",
     "share",
     "suggest_config",
     "verify",

@@ -24,7 +24,14 @@ from actstore.archive.precision import CODING, EXACT, SCALE, Precision
 from actstore.errors import ConfigError
 from actstore.joining import MISSING, as_label, as_table, matches, picked
 
-__all__ = ["ActstoreAccessor", "TokenAxis", "lazy_beneath", "remember_lazy", "token_axes"]
+__all__ = [
+    "ActstoreAccessor",
+    "TokenAxis",
+    "beneath_dask",
+    "lazy_beneath",
+    "remember_lazy",
+    "token_axes",
+]
 
 #: What a dask array keeps the lazy variable under that it reads from, and its own name then.
 _LAZY: Final = "_actstore_lazy"
@@ -516,6 +523,12 @@ def lazy_beneath(variable: xr.Variable) -> xr.Variable | None:
     found: xr.Variable = lazy.copy(deep=False)
     found.attrs, found.encoding = variable.attrs, variable.encoding
     return found
+
+
+def beneath_dask(dataset: xr.Dataset) -> xr.Dataset:
+    """Give a dataset with the lazy variables that its dask arrays read, if they still do."""
+    lazy = {name: lazy_beneath(one) for name, one in dataset.variables.items()}
+    return dataset.assign({name: one for name, one in lazy.items() if one is not None})
 
 
 def _take(dataset: xr.Dataset, dim: str, rows: NDArray[np.int64]) -> xr.Dataset:

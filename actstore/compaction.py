@@ -347,6 +347,8 @@ def differences(
     streams: Pathlike | Sequence[Pathlike],
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Compare an archive, read by zarr-python, with the logs that it was made of.
 
@@ -360,7 +362,12 @@ def differences(
         plan = plan_log(reader)
         said = store.read_attributes(folder).get("precision", {})
         precision = {name: Precision.parse(one) for name, one in said.items()}
-        for job in _jobs(reader, plan, precision):
+        mine = list(_jobs(reader, plan, precision))
+        done, total = 0, sum(job.raw_bytes for job in mine)
+        for job in mine:
+            if progress is not None:
+                progress(done, total)
+            done += job.raw_bytes
             reason = _difference(folder, job)
             if reason:
                 yield f"{job.file}, rows {job.shard.first} to {job.shard.last}", reason
@@ -369,7 +376,7 @@ def differences(
                 continue
             try:
                 found = store.read_part(folder, one.name, (slice(None),) * one.values.ndim)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, LookupError) as error:
                 yield one.name, f"it can't be read: {error}"
                 continue
             if not np.array_equal(found, one.values, equal_nan=one.values.dtype.kind == "f"):
@@ -387,7 +394,7 @@ def _difference(folder: Path, job: Job) -> str:
                     read[name] = store.read_rows(
                         folder, name, job.place, job.shard.first, job.shard.last
                     )
-                except (OSError, ValueError, RuntimeError, ArchiveError) as error:
+                except (OSError, ValueError, IndexError, RuntimeError, ArchiveError) as error:
                     return f"{name} can't be read: {error}"
             mine = read[name][start : start + len(rows)]
             if mine.dtype != rows.dtype or mine.tobytes() != rows.tobytes():

@@ -17,6 +17,7 @@ from actstore.errors import ConfigError, MissingFileError
 
 __all__ = [
     "LockedError",
+    "appearing",
     "atomic_write",
     "exchange",
     "existing",
@@ -216,3 +217,44 @@ def _umask() -> int:
     current = os.umask(0o077)
     os.umask(current)
     return current
+
+
+@contextlib.contextmanager
+def appearing(target: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Give the path of a file or folder that gets its name when the context ends, whole.
+
+    It lies in a hidden folder beside it until then, which is removed in any case. Files of a
+    folder are made durable.
+
+    Raises
+    ------
+    ConfigError
+        There is no folder for it, or something has that name.
+    """
+    if not target.parent.is_dir():
+        msg = f"there is no folder {str(target.parent)!r} for {target.name!r}; create it"
+        raise ConfigError(msg)
+    _refuse_existing(target)
+    place = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    try:
+        made = place / target.name
+        if folder:
+            made.mkdir()
+        yield made
+        inside = sorted(made.rglob("*")) if folder else [made]
+        for path in inside:
+            if path.is_file():
+                fsync_file(path)
+        for path in [made, *inside] if folder else []:
+            if path.is_dir():
+                fsync_folder(path)
+        _refuse_existing(target)
+        replace(made, target)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        msg = f"{target} exists, and is not overwritten; give another name, or remove it"
+        raise ConfigError(msg)

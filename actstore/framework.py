@@ -205,6 +205,11 @@ class InstrumentationFramework:
             self._running = None
             self.summary = capture.summary
 
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes of values that the running capture has written so far; 0 outside of one."""
+        return self._running.written_bytes if self._running is not None else 0
+
     def annotate(self, **labels: Any) -> None:
         """Label the batch items of the next pass: kept in the log, coordinates of its rows.
 

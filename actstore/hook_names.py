@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["KNOWN", "parse"]
+__all__ = ["KNOWN", "name_of", "parse"]
 
 _OF_BLOCK: Final = {
     "hook_resid_pre": "resid@in",
@@ -38,3 +38,11 @@ def parse(name: str) -> tuple[str, int | None] | None:
     if found is None or found[2] not in _OF_BLOCK:
         return None
     return _OF_BLOCK[found[2]], None if found[1] == "*" else int(found[1])
+
+
+def name_of(site: str, block: int) -> str | None:
+    """Give TransformerLens' name of a site and block of ours; None where there is none."""
+    inside = next((name for name, one in _OF_BLOCK.items() if one == site), None)
+    if block >= 0:
+        return None if inside is None else f"blocks.{block}.{inside}"
+    return next((name for name, one in _OF_MODEL.items() if one == site), None)

@@ -21,7 +21,7 @@ from actstore import codecs, dtypes, files, hdf5
 from actstore.archive import store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.zipped import Place, ZipPath
-from actstore.compaction import Pathlike, differences
+from actstore.compaction import Pathlike, Progress, differences
 from actstore.errors import ActstoreWarning, ConfigError, FormatError, StreamCorruptError
 from actstore.stream import records
 from actstore.stream.legacy import LegacyReader, is_legacy
@@ -100,6 +100,7 @@ def verify(
     *,
     decode: bool = False,
     against: Pathlike | Sequence[Pathlike] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Check every checksum of a log or an archive.
 
@@ -118,6 +119,9 @@ def verify(
     against : path or sequence of paths, optional
         Of an archive the logs that it was made of, in their order: every value and label is read
         by zarr-python and compared with theirs.
+    progress : callable, optional
+        Called with the bytes that are done and those that there are; where an archive is compared
+        with logs, again from 0 with those of the values.
 
     Returns
     -------
@@ -138,34 +142,47 @@ def verify(
     """
     place = files.existing(path, "verify")
     if place.is_dir():
-        return _verify_archive(place, against)
+        return _verify_archive(place, against, progress)
     if zipped.is_zip(place):
-        return _verify_zip(ZipPath(place), against)
+        return _verify_zip(ZipPath(place), against, progress)
     if against is not None:
         msg = f"{place} is no archive: against= compares an archive with the logs it was made of"
         raise ConfigError(msg)
     if is_log(place):
-        return _verify_log(place, decode=decode)
+        return _verify_log(place, progress, decode=decode)
     if is_legacy(place):
         return _verify_legacy(place)
     if hdf5.is_hdf5(place):
-        return _verify_hdf5(place)
+        return _verify_hdf5(place, progress)
     msg = f"{place} is neither a .stream log nor an archive: a Zarr folder, .zarr.zip or .h5"
     raise FormatError(msg)
 
 
-def _verify_archive(folder: Place, against: Pathlike | Sequence[Pathlike] | None) -> Report:
+def _verify_archive(
+    folder: Place, against: Pathlike | Sequence[Pathlike] | None, progress: Progress | None
+) -> Report:
     store.check_identity(folder)
     check = ArchiveCheck(folder)
+    if progress is not None:
+        size = _size(folder)
+        check.progress = lambda done: progress(min(done, size), size)
     found = [Damaged(one.where, -1, one.reason) for one in check.findings()]
     if against is not None:
-        compared = differences(folder, against)  # type: ignore[arg-type] # of what a store reads
+        compared = differences(folder, against, progress=progress)  # type: ignore[arg-type] # of what a store reads
         found += [Damaged(where, -1, reason) for where, reason in compared]
     path = folder.file if isinstance(folder, ZipPath) else folder
     return Report(path, "archive", tuple(found), dict(check.checked), check.nbytes, complete=True)
 
 
-def _verify_zip(archive: ZipPath, against: Pathlike | Sequence[Pathlike] | None) -> Report:
+def _size(folder: Place) -> int:
+    if isinstance(folder, ZipPath):
+        return sum(one.size for one in folder.members.values())
+    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+
+
+def _verify_zip(
+    archive: ZipPath, against: Pathlike | Sequence[Pathlike] | None, progress: Progress | None
+) -> Report:
     found, whole = [], True
     for name in archive.members:
         try:
@@ -178,7 +195,7 @@ def _verify_zip(archive: ZipPath, against: Pathlike | Sequence[Pathlike] | None)
     if not whole:
         size = archive.file.stat().st_size
         return Report(archive.file, "zip", tuple(found), checked, size, complete=True)
-    report = _verify_archive(archive, against)
+    report = _verify_archive(archive, against, progress)
     if report.ok:  # else the metadata may describe nothing
         odd = zipped.unexpected(store.read_root(archive), archive.members)
         found += [Damaged(name, -1, "the archive has no such file") for name in odd]
@@ -186,11 +203,11 @@ def _verify_zip(archive: ZipPath, against: Pathlike | Sequence[Pathlike] | None)
     return replace(report, kind="zip", damage=damage, checked={**report.checked, **checked})
 
 
-def _verify_hdf5(path: Path) -> Report:
+def _verify_hdf5(path: Path, progress: Progress | None) -> Report:
     hdf5.check_installed()
     from actstore.hdf5.checks import Hdf5Check
 
-    check = Hdf5Check(path)
+    check = Hdf5Check(path, progress=progress)
     found = tuple(Damaged(one.where, -1, one.reason) for one in check.findings())
     return Report(path, "HDF5", found, dict(check.checked), path.stat().st_size, complete=True)
 
@@ -212,14 +229,14 @@ def _verify_legacy(path: Path) -> Report:
         return Report(path, "legacy log", damage, checked, reader.file_bytes, complete)
 
 
-def _verify_log(path: Path, *, decode: bool) -> Report:
+def _verify_log(path: Path, progress: Progress | None, *, decode: bool) -> Report:
     try:
         reader = StreamReader(path, errors="skip")
     except StreamCorruptError as error:
         lost = (Damaged("HEADER", error.offset, str(error)),)
         return Report(path, "log", lost, {}, path.stat().st_size, complete=False)
     with reader, closing(LogFile(path)) as file:
-        check = _LogCheck(reader, file, decode)
+        check = _LogCheck(reader, file, decode, progress)
         found: dict[int, Damaged] = {}
         for one in check.findings():
             found.setdefault(one.offset, one)
@@ -235,6 +252,7 @@ class _LogCheck:
     reader: StreamReader
     file: LogFile
     decode: bool
+    progress: Progress | None = None
     checked: Counter[str] = field(default_factory=Counter)
 
     def findings(self) -> Iterator[Damaged]:
@@ -252,6 +270,8 @@ class _LogCheck:
         for entry, found in _ahead(pool, self._record, walk(self.file, walked, len(MAGIC))):
             self.checked[_name(entry.opcode)] += 1
             waiting += found
+            if self.progress is not None:
+                self.progress(entry.end, self.file.size)
             match entry.opcode:
                 case Opcode.COMMIT:
                     gaps = bool(walked.damage)

@@ -80,7 +80,9 @@ def test_importing_actstore_imports_no_torch_no_zarr_and_no_xarray() -> None:
     assert imported_by("actstore").isdisjoint({"torch", "zarr", "xarray"})
 
 
-@pytest.mark.parametrize("module", ["framework", "stream.reader"])
+@pytest.mark.parametrize(
+    "module", ["bridges.exporting", "bridges.importing", "framework", "stream.reader"]
+)
 def test_torch_is_not_imported_before_a_model_is_instrumented(module: str) -> None:
     assert "torch" not in imported_by(f"actstore.{module}")
 

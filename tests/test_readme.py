@@ -57,7 +57,13 @@ def reader_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     shutil.copytree(OLDER_LOGS, tmp_path / OLDER_LOGS.relative_to(ROOT))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    commands = tmp_path / ".bin"  # first on the path, so that the command is this checkout's
+    commands.mkdir()
+    script = commands / "actstore"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m actstore "$@"\n')
+    script.chmod(0o755)
+    here = [str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]
+    monkeypatch.setenv("PATH", os.pathsep.join(here))
     old = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{old}" if old else str(ROOT))
     return tmp_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -109,11 +109,14 @@ class ArchiveCheck:
         How much was looked at: ``arrays``, ``files``, ``chunks``.
     nbytes : int
         Bytes of the files that were looked at.
+    progress : callable, optional
+        Called with these after each file.
     """
 
     folder: Place
     checked: Counter[str] = field(default_factory=Counter)
     nbytes: int = 0
+    progress: Callable[[int], None] | None = None
 
     def findings(self) -> Iterator[Finding]:
         """Yield what is damaged."""
@@ -142,6 +145,8 @@ class ArchiveCheck:
     def _looked_at(self, path: Place) -> None:
         self.checked["files"] += 1
         self.nbytes += path.stat().st_size
+        if self.progress is not None:
+            self.progress(self.nbytes)
 
     def _nodes(self, below: Mapping[str, Any]) -> Iterator[Finding]:
         """Compare each node's own metadata with what the root says of it."""

@@ -1,7 +1,7 @@
 """Owns the Zarr store on disk: its metadata, its small arrays, and how it is opened.
 
-The one importer of zarr. The bytes of large arrays are ``shards.py``'s; whether they are intact,
-``checks.py``'s.
+The one importer of zarr. What the root says is read by ``root.py``, without; the bytes of large
+arrays are ``shards.py``'s; whether they are intact, ``checks.py``'s.
 """
 
 from __future__ import annotations
@@ -25,9 +25,21 @@ from zarr.storage import ZipStore
 from actstore import files
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import GROUPS, plain_json
+from actstore.archive.root import (
+    FORMAT,
+    NO_CRC,
+    VERSION,
+    arrays_of,
+    check_identity,
+    is_archive,
+    metadata_crc,
+    parse_root,
+    read_attributes,
+    read_root,
+)
 from actstore.archive.shards import codec_metadata
 from actstore.archive.zipped import Place, ZipPath
-from actstore.errors import ArchiveError, FormatError, UnsupportedVersionError
+from actstore.errors import ArchiveError
 
 __all__ = [
     "FORMAT",
@@ -47,14 +59,9 @@ __all__ = [
     "write_part",
 ]
 
-FORMAT: Final = "actstore"
-VERSION: Final = 0
 _SMALL_CHUNK: Final = 1 << 20  # elements along each dimension
 _CHUNK_ELEMENTS: Final = 1 << 24  # in all
-_JSON_LIMIT: Final = 1 << 30
 _METADATA: Final = "zarr.json"
-_CRC_KEY: Final = b'"metadata_crc32c": "'
-_NO_CRC: Final = "00000000"
 
 
 class ArchiveWriter:
@@ -159,7 +166,7 @@ class ArchiveWriter:
             The metadata of all that is in the archive, by name; all of it is durable.
         """
         rest = {name: said for name, said in attributes.items() if name != "metadata_crc32c"}
-        root = _group({"metadata_crc32c": _NO_CRC, **plain_json(rest)}) | {
+        root = _group({"metadata_crc32c": NO_CRC, **plain_json(rest)}) | {
             "consolidated_metadata": {
                 "kind": "inline",
                 "must_understand": False,
@@ -168,7 +175,7 @@ class ArchiveWriter:
         }
         data = json.dumps(root, indent=2).encode()
         crc = f"{castagnoli.crc32c(data):08x}".encode()
-        files.atomic_write(self.folder / _METADATA, data.replace(_NO_CRC.encode(), crc, 1))
+        files.atomic_write(self.folder / _METADATA, data.replace(NO_CRC.encode(), crc, 1))
 
     def _write_metadata(self, name: str, metadata: Mapping[str, Any]) -> None:
         data = json.dumps(metadata, indent=2).encode()
@@ -196,99 +203,6 @@ def _fill(dtype: np.dtype) -> Any:
     return False if dtype.kind == "b" else 0
 
 
-def metadata_crc(data: bytes) -> tuple[str, str]:
-    """Give the checksum that a root ``zarr.json`` says it has, and that which it has.
-
-    It is the CRC-32C of the file with zeros for the checksum's own eight digits.
-    """
-    place = data.find(_CRC_KEY) + len(_CRC_KEY)
-    if place < len(_CRC_KEY):
-        return "", ""
-    end = place + len(_NO_CRC)
-    found = castagnoli.crc32c(data[:place] + _NO_CRC.encode() + data[end:])
-    return data[place:end].decode("ascii", "replace"), f"{found:08x}"
-
-
-def is_archive(path: Place) -> bool:
-    """Whether a folder or a zip is one of our archives, of whatever version."""
-    try:
-        read_attributes(path)
-    except UnsupportedVersionError:
-        return True
-    except FormatError:
-        return False
-    return True
-
-
-def read_root(path: Place) -> dict[str, Any]:
-    """Read the root metadata of an archive: its attributes, and the metadata of all in it.
-
-    Raises
-    ------
-    FormatError
-        The folder is none of our archives.
-    UnsupportedVersionError
-        It is one of a version that this actstore doesn't know.
-    """
-    try:
-        data = _read_json(path / "zarr.json")
-    except (OSError, ValueError) as error:
-        msg = f"{path} is no archive of actstore: {error!r}"
-        raise FormatError(msg) from error
-    return parse_root(data, path)
-
-
-def parse_root(data: bytes, path: Place) -> dict[str, Any]:
-    """Parse the root metadata of the archive at ``path``; raises as `read_root` does."""
-    wanted = f"wanted a Zarr v3 group whose attribute 'format' is {FORMAT!r}"
-    try:
-        root: dict[str, Any] = json.loads(data)
-        kind, version = (root["attributes"][name] for name in ("format", "format_version"))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        msg = f"{path} is no archive of actstore: {wanted}; {error!r}"
-        raise FormatError(msg) from error
-    if kind != FORMAT:
-        msg = f"{path} is no archive of actstore: {wanted}; found {kind!r}"
-        raise FormatError(msg)
-    if version != VERSION:
-        msg = (
-            f"{path} is an archive of version {version!r}; this actstore reads version {VERSION}: "
-            "install the version that wrote it, or open it with xarray.open_zarr"
-        )
-        raise UnsupportedVersionError(msg)
-    return root
-
-
-def read_attributes(path: Place) -> dict[str, Any]:
-    """Read the root attributes of an archive; raises as `read_root` does."""
-    return dict(read_root(path)["attributes"])
-
-
-def _read_json(place: Place) -> bytes:
-    """Read metadata, unless it is larger than any that is worth parsing."""
-    if place.stat().st_size > _JSON_LIMIT:
-        msg = f"{place} is over {_JSON_LIMIT} bytes"
-        raise ValueError(msg)
-    return place.read_bytes()
-
-
-def check_identity(path: Place) -> None:
-    """Raise as `read_attributes`, unless this is an archive whose root metadata is damaged.
-
-    Such a one still says that it has a checksum, in bytes that nothing else has there.
-    """
-    try:
-        read_attributes(path)
-    except UnsupportedVersionError:
-        raise
-    except FormatError:
-        place = path / "zarr.json"
-        if not place.is_file() or place.stat().st_size > _JSON_LIMIT:
-            raise
-        if metadata_crc(place.read_bytes())[0] == "":
-            raise
-
-
 def open_xarray(path: Place, group: str = "") -> xr.Dataset:
     """Open an archive, or a group of it, lazily, without dask."""
     held = _Zip(path.file, mode="r") if isinstance(path, ZipPath) else path
@@ -296,12 +210,6 @@ def open_xarray(path: Place, group: str = "") -> xr.Dataset:
         held, group=group or None, chunks=None, consolidated=not group, zarr_format=3
     )
     return dataset
-
-
-def arrays_of(root: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Give the metadata of all arrays of an archive, by their names, of what `read_root` read."""
-    below = root["consolidated_metadata"]["metadata"]
-    return {name: said for name, said in below.items() if said["node_type"] == "array"}
 
 
 def read_rows(folder: Place, name: str, place: tuple[int, ...], first: int, last: int) -> Any:

@@ -323,6 +323,11 @@ class Capture:
             run.tokens,
         )
 
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of values that were written so far, as they were captured."""
+        return self._pipeline.meter.raw_bytes
+
     # -- leaving --------------------------------------------------------------------------------
 
     def __exit__(

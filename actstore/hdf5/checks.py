@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,8 @@ class Hdf5Check:
     ----------
     path : Path
         The file.
+    progress : callable, optional
+        Called with the bytes of values that are done and those that there are.
 
     Attributes
     ----------
@@ -67,6 +69,7 @@ class Hdf5Check:
     """
 
     path: Path
+    progress: Callable[[int, int], None] | None = None
     checked: Counter[str] = field(default_factory=Counter)
 
     def findings(self) -> Iterator[Finding]:
@@ -85,6 +88,7 @@ class Hdf5Check:
             if wanted != found or not wanted:
                 yield Finding(METADATA, f"its CRC-32C is {found or 'missing'}, not {wanted!r}")
             yield from self._objects(archive)
+            done, total = 0, sum(array.nbytes for array in archive.arrays.values())
             for array in archive.arrays.values():
                 self.checked["arrays"] += 1
                 try:
@@ -92,6 +96,9 @@ class Hdf5Check:
                     yield from itertools.islice(mine, _MOST_FINDINGS)
                 except (ArchiveError, FormatError) as error:
                     yield Finding(array.name, str(error))
+                done += array.nbytes
+                if self.progress is not None:
+                    self.progress(done, total)
 
     # -- what is there
 

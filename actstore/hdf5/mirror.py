@@ -103,7 +103,8 @@ class Array:
         try:
             shape, kind = _lengths(said["shape"], 0), said["data_type"]
             shard = _lengths(said["chunk_grid"]["configuration"]["chunk_shape"], 1)
-            codec, dims = said["codecs"][0], said["dimension_names"]
+            codec = said["codecs"][0]
+            dims = said["dimension_names"] if shape else ()  # zarr-python then leaves it out
             sharded = codec["name"] == "sharding_indexed"
             chunk = _lengths(codec["configuration"]["chunk_shape"], 1) if sharded else shard
             dtype = STRING if kind == "string" else np.dtype(kind)

@@ -130,7 +130,7 @@ def describe(
         "distribution": [*files, *([chunks] if folder else [])],
         "recordSet": [_records(one) for one in tables],
         **({"license": _licence(about.licence)} if about.licence else {}),
-        **({"citeAs": about.citation} if about.citation else {}),
+        "citeAs": about.citation or f"{about.name}, {published}",
         **({"url": about.url} if about.url else {}),
         **(
             {"creator": [{"@type": "sc:Person", "name": one} for one in about.creators]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -88,7 +88,10 @@ class RecoveryReport:
 
 
 def recover(
-    path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> RecoveryReport:
     """Make a whole log of what is intact in a torn or damaged one, which stays as it is.
 
@@ -99,6 +102,9 @@ def recover(
     out : path, optional
         Where the whole log goes; it must not exist. By default ``run.recovered.stream`` beside
         ``run.stream``, or the first free name like that.
+    progress : callable, optional
+        Called with the bytes that are done and those that there are: the log is read, what is
+        intact is written, and read back.
 
     Returns
     -------
@@ -123,7 +129,8 @@ def recover(
         raise FormatError(msg)
     with StreamReader(place, errors="skip") as reader:
         _check_unwritten(place)
-        kept = _Intact(reader)
+        size = reader.file_bytes
+        kept = _Intact(reader, lambda done: progress(done, 3 * size))
         if reader.complete and not kept.damage and kept.rows.all():
             return kept.report(place)
         target = Path(out) if out is not None else _beside(place)
@@ -134,8 +141,9 @@ def recover(
         partial.unlink(missing_ok=True)
         report = kept.report(target)
         try:
-            kept.write(partial, report)
+            kept.write(partial, report, lambda done: progress(size + done, 3 * size))
             _check_copy(reader, kept, partial)
+            progress(3 * size, 3 * size)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -177,8 +185,11 @@ def _raw(values: NDArray[Any]) -> NDArray[np.uint8]:
 class _Intact:
     """What of a log can be read: blocks and packets, passes, tokens."""
 
-    def __init__(self, reader: StreamReader) -> None:
+    def __init__(
+        self, reader: StreamReader, progress: Callable[[int], None] = lambda _: None
+    ) -> None:
         self._reader = reader
+        self._progress = progress
         #: Records that the file can have held: where numbers say that more are lost, they lie.
         self._most = reader.file_bytes // Frame.SIZE
         table = reader.table
@@ -211,6 +222,7 @@ class _Intact:
         return True
 
     def _reads(self, index: int) -> bool:
+        self._progress(self._reader.table.blocks[index].entry.end)
         try:
             self._reader.read_block(index)
         except StreamCorruptError as error:
@@ -269,7 +281,12 @@ class _Intact:
                 found.update(range(low, high))
         return tuple(sorted(found))
 
-    def write(self, path: Path, report: RecoveryReport) -> None:
+    def write(
+        self,
+        path: Path,
+        report: RecoveryReport,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
         """Write what is kept as a closed log."""
         reader = self._reader
         lost = {one.offset for one in reader.damage}  # others are whole in the directories
@@ -289,6 +306,7 @@ class _Intact:
                     commit.next_seq, commit.next_pass, commit.next_step, commit.step_boundary
                 )
                 writer.append(records, point)
+                progress(group.end)
             writer.finish({**reader.summary, "lost_packets": report.lost_packets})
 
     def _record(self, entry: Entry, blocks: Mapping[int, int]) -> Record | None:

@@ -76,7 +76,9 @@ def called(*command: Any, folder: Path = FOLDER) -> str:
     done = subprocess.run(
         [str(one) for one in command], cwd=folder, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, f"{command[0]} {command[1:3]}: {done.stderr[-800:]}"
+    assert done.returncode == 0, f"{command[0]} {command[1:3]}: {done.stderr or done.stdout}"[
+        -800:
+    ]
     return done.stdout
 
 
@@ -91,8 +93,8 @@ def shared() -> tuple[Path, float]:
     )
     called(COMMAND, "verify", "run.zarr", "--against", "run.stream")
     called(
-        *(COMMAND, "export", "run.zarr", "shared", "--for-sharing", "--licence", "CC-BY-4.0"),
-        *("--name", "tiny-llama on Python's documentation"),
+        *(COMMAND, "share", "run.zarr", "shared", "--licence", "CC-BY-4.0"),
+        *("--name", "tiny-llama on Python's documentation", "--model-folder", MODEL),
     )
     return FOLDER / "shared", time.monotonic() - began
 

@@ -48,6 +48,13 @@ def test_a_dimension_is_of_the_nearest_group_that_has_it_with_that_length() -> N
     }
 
 
+def test_a_scalar_has_no_names_of_dimensions_as_zarr_writes_it() -> None:
+    scalar = said([], [])
+    del scalar["dimension_names"]
+    found = arrays(statistics__summary__norm=scalar)
+    assert found["statistics/summary/norm"].dims == ()
+
+
 @pytest.mark.parametrize(
     "given",
     [
