@@ -14,7 +14,15 @@ from actstore.accessor import TokenAxis, lazy_beneath, token_axes
 from actstore.errors import ConfigError
 from actstore.plots.chosen import Shown
 from actstore.plots.maps import draw_map, root_scale
-from actstore.plots.style import SEQUENTIAL, blank, drawn, hatched, note, scale_bar
+from actstore.plots.style import (
+    SEQUENTIAL,
+    blank,
+    drawn,
+    hatched,
+    needs_matplotlib,
+    note,
+    scale_bar,
+)
 from actstore.plots.text import labels
 
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ class _Packet:
     shape: tuple[int, int, int, int]
 
 
+@needs_matplotlib
 def attention(
     dataset: xr.Dataset,
     variable: str | None = None,
@@ -214,8 +223,9 @@ def _of_one(
     maps: dict[str, Floats], texts: tuple[list[str], list[str]], about: str, width: float
 ) -> Figure:
     """Draw the keys of a single query, a line for each head or layer."""
-    values = np.concatenate(list(maps.values()))
-    shown = Shown(xr.Dataset(coords={"key": np.arange(values.shape[1])}), "key", texts[1],
+    keys = min(one.shape[1] for one in maps.values())  # of a sliding window fewer than of others
+    values = np.concatenate([one[:, -keys:] for one in maps.values()])
+    shown = Shown(xr.Dataset(coords={"key": np.arange(values.shape[1])}), "key", texts[1][-keys:],
                   np.zeros(0, np.intp), None, f"{about}, of {texts[0][0]}")  # fmt: skip
     common = "layer " if all(one.startswith("layer ") for one in maps) else ""
     names = [one.removeprefix(common).split("head ")[-1] for one in maps]
@@ -234,33 +244,28 @@ def _panels(
     queries, keys = next(iter(kept.values())).shape
     high = min(size * queries / keys, size * 1.5)
     with drawn(width, (high + 0.25) * lines + 0.9) as figure:
-        grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-        image, norm = None, root_scale(np.stack(list(kept.values())))
-        for place, (name, values) in enumerate(kept.items()):
-            axes = grid[place // columns, place % columns]
-            hatched(axes)
-            drawn_values = np.ma.masked_where(~np.isfinite(values), values)
+        grid = figure.subplots(lines, columns, squeeze=False).ravel()
+        norm = root_scale(np.concatenate([one.ravel() for one in kept.values()]))
+        for place, (axes, (name, values)) in enumerate(zip(grid, kept.items(), strict=False)):
+            after = _after(values)
+            if not after.any():
+                hatched(axes)
             image = axes.imshow(
-                np.ma.masked_where(_after(values), drawn_values),
+                np.ma.masked_where(after | ~np.isfinite(values), values),
                 cmap=SEQUENTIAL, norm=norm, aspect="auto", interpolation="nearest",
             )  # fmt: skip
-            if _after(values).any():
-                axes.patch.set_hatch("")
             axes.set_title(name)
-            axes.label_outer()
-        for axes in grid.ravel()[len(kept) :]:
-            axes.set_axis_off()
-        _name(grid[-1, 0], texts[1], size, "x")
-        _name(grid[0, 0], texts[0], high, "y")
-        for axes in grid.ravel():
             axes.tick_params(length=0, pad=1.5)
-            axes.tick_params(axis="x", rotation=90)
-        for axes in grid[:, 0]:
-            axes.set_ylabel("query")
-        for axes in grid[-1]:
-            axes.set_xlabel("key")
+            # only the outer panels: labels that aren't seen take as long to place
+            below, left = place + columns >= len(kept), place % columns == 0
+            _name(axes, texts[1][: values.shape[1]] if below else [], size, "x")
+            _name(axes, texts[0][: len(values)] if left else [], high, "y")
+            axes.set_xlabel("key" if below else "")
+            axes.set_ylabel("query" if left else "")
+        for axes in grid[len(kept) :]:
+            axes.set_axis_off()
         label = "attention weight (square-root scale)"
-        scale_bar(figure, image, list(grid.ravel()), label, extend="max")
+        scale_bar(figure, image, list(grid), label, extend="max")
         note(figure, about)
         return figure
 

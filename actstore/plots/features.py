@@ -20,6 +20,7 @@ from actstore.plots.style import (
     blank,
     drawn,
     hatched,
+    needs_matplotlib,
     note,
     scale_bar,
     ticks_of_layers,
@@ -37,6 +38,7 @@ _LINE: Final = 0.19  # inches
 _QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
+@needs_matplotlib
 def outliers(
     dataset: xr.Dataset,
     variable: str = "resid",
@@ -139,6 +141,7 @@ def _features(dataset: xr.Dataset, variable: str) -> NDArray[Any]:
     return np.arange(source.width)
 
 
+@needs_matplotlib
 def distributions(
     dataset: xr.Dataset,
     variable: str = "resid",
@@ -259,6 +262,7 @@ def place_of_layer(source: Source, layer: int | None) -> tuple[int, str]:
     return there.index(layer), f"{source.name}, layer {layer}"
 
 
+@needs_matplotlib
 def feature_on_text(
     dataset: xr.Dataset,
     variable: str,

@@ -21,6 +21,7 @@ from actstore.plots.style import (
     blank,
     drawn,
     hatched,
+    needs_matplotlib,
     note,
     scale_bar,
     ticks_of_layers,
@@ -41,6 +42,7 @@ _WRITTEN: Final = 12  # layers whose correlations are written as numbers
 Floats = NDArray[np.float64]
 
 
+@needs_matplotlib
 def norm_map(
     dataset: xr.Dataset,
     variable: str = "resid",
@@ -89,6 +91,7 @@ def norm_map(
     return draw_map(values, layer_names(dataset, variable), shown, f"L2 norm of {variable}", width)
 
 
+@needs_matplotlib
 def layer_change(
     dataset: xr.Dataset,
     variable: str = "resid",
@@ -200,10 +203,11 @@ def _scale(values: Floats, *, zero: bool) -> tuple[Normalize, str]:
 
 def _separate(axes: Any, shown: Shown, part: slice) -> None:
     """Draw lines where one sequence ends, and a dashed one where generation begins."""
-    for place in shown.ends.tolist():
-        if part.start <= place < part.stop - 1:
-            axes.axvline(place + 0.5, color="white", linewidth=2.4)
-            axes.axvline(place + 0.5, color="black", linewidth=0.8)
+    ends = shown.ends[(shown.ends >= part.start) & (shown.ends < part.stop - 1)] + 0.5
+    if 3 * shown.ends.size <= shown.count:  # else each token stands by itself
+        for color, wide in (("white", 2.4), ("black", 0.8)):
+            across = axes.get_xaxis_transform()
+            axes.vlines(ends, 0, 1, color=color, linewidth=wide, transform=across)
     if shown.generated is not None and part.start < shown.generated < part.stop:
         at = shown.generated - 0.5
         axes.axvline(at, color="white", linewidth=1.8)
@@ -219,6 +223,7 @@ def _separate(axes: Any, shown: Shown, part: slice) -> None:
         )
 
 
+@needs_matplotlib
 def layer_correlation(
     dataset: xr.Dataset,
     variable: str = "resid",

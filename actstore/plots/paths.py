@@ -20,6 +20,7 @@ from actstore.plots.style import (
     SMALL,
     blank,
     drawn,
+    needs_matplotlib,
     note,
     scale_bar,
     wrapped,
@@ -39,6 +40,7 @@ _NAMED: Final = 24  # tokens of a panel that are named, at most
 Floats = NDArray[np.float64]
 
 
+@needs_matplotlib
 def trajectory(
     dataset: xr.Dataset,
     variable: str = "resid",
@@ -145,8 +147,8 @@ def _path(axes: Axes, points: Floats, shares: Floats, title: str) -> Any:
         return None
     axes.plot(*points.T, color="0.75", lw=0.6, zorder=1)
     image = axes.scatter(
-        *points[there].T, c=there, s=9, cmap=SEQUENTIAL, zorder=2, linewidths=0.3,
-        edgecolors="black", vmin=0, vmax=max(len(points) - 1, 1),
+        points[there, 0], points[there, 1], c=there, s=9, cmap=SEQUENTIAL, zorder=2,
+        linewidths=0.3, edgecolors="black", vmin=0, vmax=max(len(points) - 1, 1),
     )  # fmt: skip
     for place, marker in ((there[-1], "s"), (there[0], ">")):
         color = tuple(image.to_rgba(np.array([place]))[0])
@@ -196,6 +198,7 @@ def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
+@needs_matplotlib
 def token_progression(
     dataset: xr.Dataset,
     variable: str = "resid",

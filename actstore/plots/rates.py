@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from actstore.errors import ConfigError
-from actstore.plots.style import COLORS, INK, SMALL, blank, drawn, note
+from actstore.plots.style import COLORS, INK, SMALL, blank, drawn, needs_matplotlib, note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ _NAME: Final = 34
 _UNITS: Final = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 
 
+@needs_matplotlib
 def run_rates(run: str | os.PathLike[str] | Mapping[str, Any], *, width: float = 7.0) -> Figure:
     """Draw what a run wrote, how fast, and what the model waited for.
 

@@ -5,12 +5,13 @@ Figures are made without pyplot, and matplotlib's settings are as before when a 
 
 from __future__ import annotations
 
+import functools
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from actstore.errors import ConfigError
 from actstore.plots.text import families
@@ -29,11 +30,14 @@ __all__ = [
     "blank",
     "drawn",
     "hatched",
+    "needs_matplotlib",
     "note",
     "scale_bar",
     "ticks_of_layers",
     "wrapped",
 ]
+
+P = ParamSpec("P")
 
 #: Lightness rises evenly from end to end, so that it reads the same in grey, and its hues run from
 #: blue to yellow, which those who don't tell red from green see as everybody does (Nuñez,
@@ -84,6 +88,19 @@ _STYLE: Final[dict[str, Any]] = {
 }
 
 
+def needs_matplotlib(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Let a function that draws say what to install, where matplotlib isn't."""
+
+    @functools.wraps(draw)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        if find_spec("matplotlib") is None:
+            msg = "figures are drawn by matplotlib, which isn't here: pip install 'actstore[plot]'"
+            raise ConfigError(msg)
+        return draw(*args, **kwargs)
+
+    return checked
+
+
 @contextmanager
 def _styled() -> Iterator[None]:
     import matplotlib as mpl
@@ -102,7 +119,7 @@ def drawn(width: float, height: float) -> Iterator[Figure]:
     Raises
     ------
     ConfigError
-        There is no matplotlib, or the width is none.
+        The width is none.
     """
     if find_spec("matplotlib") is None:
         msg = (
