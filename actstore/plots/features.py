@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["distributions", "feature_on_text", "outliers", "place_of_layer"]
 
 _FEATURES: Final = 40
+_PITCH: Final = 0.094  # inches of a feature
 _LINE: Final = 0.19  # inches
 _QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -50,9 +51,10 @@ def outliers(
 ) -> Figure:
     """Draw the features that are largest against the others of their layer.
 
-    Left: of the 40 with the largest ratio in any layer, the rms in each, divided by the median of
-    the layer's features, marked ● where that is over ``factor``; ▲ beside features that LLM.int8()
-    calls outliers. Right: how many features of each layer are over ``factor``.
+    Left: of the 40 with the largest ratio in any layer (fewer in a narrow figure), the rms in
+    each, divided by the median of the layer's features, marked ● where that is over ``factor``; ▲
+    above features that LLM.int8() calls outliers. Right: how many features of each layer are over
+    ``factor``.
 
     Parameters
     ----------
@@ -85,7 +87,8 @@ def outliers(
     ratio = found[f"{variable}_rms_ratio"].values.reshape(len(names), -1)
     over = ratio > factor
     highest = np.where(np.isfinite(ratio), ratio, -1).max(axis=0, initial=-1)
-    top = np.argsort(-highest, kind="stable")[: min(_FEATURES, int((highest >= 0).sum()))]
+    most = min(_FEATURES, int((width - 1.5) / _PITCH), int((highest >= 0).sum()))
+    top = np.argsort(-highest, kind="stable")[: max(most, 0)]
     if not top.size:
         return blank(width, f"no finite values of {variable} in these rows", about)
     often = found[f"{variable}_llm_int8"].values.ravel()[top]
@@ -93,7 +96,7 @@ def outliers(
     values = ratio[:, top]
     high = float(np.nanmax(values))
     with drawn(width, float(np.clip(0.16 * len(names), 0.6, 3.5)) + 0.95) as figure:
-        left, right = figure.subplots(1, 2, width_ratios=(8, 1), sharey=True)
+        left, right = figure.subplots(1, 2, width_ratios=(8, 1 if width > 5 else 1.6), sharey=True)
         hatched(left)
         image = left.imshow(
             np.ma.masked_where(~(values > 0), values),
@@ -112,12 +115,12 @@ def outliers(
             transform=left.get_xaxis_transform(), clip_on=False,
         )  # fmt: skip
         left.tick_params(axis="x", length=0)
-        left.set_xlabel(f"feature of {variable}, by its largest ratio")
+        left.set_xlabel(wrapped(f"feature of {variable}, by its largest ratio", width * 0.6))
         left.set_ylabel("layer" if len(names) > 1 else "")
         counts = over.sum(axis=1)
         right.barh(range(len(names)), counts, color="0.45", height=0.7)
         right.set_xlim(0, max(float(counts.max()), 1) * 1.35)
-        right.set_xlabel(f"features > {factor:g}×")
+        right.set_xlabel(f"> {factor:g}×")
         right.xaxis.get_major_locator().set_params(integer=True, nbins=3)
         for place, count in enumerate(counts.tolist()):
             if len(names) <= 40:
@@ -338,19 +341,22 @@ def _on_text(values: NDArray[np.float64], shown: Any, what: str, width: float) -
     about = shown.about + ("; underlined: below 0" if signed else "")
     about += "" if finite.size == values.size else "; hatched: no value"
     with drawn(width, 1.0) as figure:
-        room = width - 0.75
         widths = _widths(figure, shown.texts)
+        lines, _ = _lines(widths, shown, width - 0.75)
+        figure.set_size_inches(width, max((lines + 1) * _LINE + 0.25, 1.2))
+        axes = figure.add_subplot()
+        axes.set_axis_off()
+        scale_bar(figure, mapped, axes, what)
+        note(figure, about)
+        figure.draw_without_rendering()  # what the scale leaves to the text
+        room = axes.get_window_extent().width / figure.dpi
         lines, at = _lines(widths, shown, room)
         height = (lines + 1) * _LINE
         figure.set_size_inches(width, max(height + 0.25, 1.2))
-        axes = figure.add_subplot()
-        axes.set_axis_off()
         axes.set_xlim(0, room)
         axes.set_ylim(height, -0.02)
         for text, value, wide, (x, line) in zip(shown.texts, values, widths, at, strict=True):
             _token(axes, text, float(value), wide, (x, line * _LINE), mapped)
-        scale_bar(figure, mapped, axes, what)
-        note(figure, about)
         return figure
 
 

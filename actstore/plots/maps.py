@@ -35,7 +35,7 @@ __all__ = ["draw_map", "layer_change", "layer_correlation", "norm_map", "root_sc
 
 _PITCH: Final = 0.094  # inches a token takes: 6 pt letters, upright, and a gap
 _SIDES: Final = 1.15  # inches beside the cells: names of layers, the scale
-_WIDE: Final = 20.0  # the largest over the median, from which on a scale is logarithmic
+_WIDE: Final = 8.0  # the largest over the median, from which on a scale is logarithmic
 _LOG: Final = " (log scale)"
 _WRITTEN: Final = 12  # layers whose correlations are written as numbers
 
@@ -54,7 +54,7 @@ def norm_map(
 ) -> Figure:
     """Draw the L2 norm of each row of each layer, below it the token.
 
-    The scale is logarithmic where the largest norm is over 20 times the median, as that of a
+    The scale is logarithmic where the largest norm is over 8 times the median, as that of a
     first token often is. What has no value (missing rows, NaNs) is hatched.
 
     Parameters

@@ -35,6 +35,7 @@ __all__ = ["token_progression", "trajectory"]
 _PANELS: Final = 6
 _LINES: Final = 5
 _PITCH: Final = 0.094  # inches of a token
+_NARROW: Final = 5.0  # inches; below it a figure has a column of a paper
 _NAMED: Final = 24  # tokens of a panel that are named, at most
 
 Floats = NDArray[np.float64]
@@ -86,10 +87,11 @@ def trajectory(
     source = source_of(shown.dataset, variable, padding=True)
     names = layer_names(shown.dataset, variable)
     told = layer is not None
-    places = [place_of_layer(source, layer)[0]] if told else _spread(len(names), _PANELS)
+    most = _PANELS if width > _NARROW else _PANELS - 2
+    places = [place_of_layer(source, layer)[0]] if told else _spread(len(names), most)
     if not shown.count:
         return blank(width, "no rows to show", shown.about)
-    columns = min(len(places), 3)
+    columns = min(len(places), most // 2)
     lines = -(-len(places) // columns)
     size = (width - 0.6) / columns * (0.8 if len(places) > 1 else 0.75)
     with drawn(width, size * lines + 0.45) as figure:
@@ -154,6 +156,7 @@ def _path(axes: Axes, points: Floats, shares: Floats, title: str) -> Any:
         color = tuple(image.to_rgba(np.array([place]))[0])
         axes.plot(*points[place], marker, ms=5, mfc=color, mec="black", mew=0.7, zorder=3)
     axes.margins(0.12)
+    axes.locator_params(nbins=4)
     return image
 
 
@@ -220,7 +223,7 @@ def token_progression(
         return blank(width, "no rows to show", shown.about)
     source = source_of(shown.dataset, variable, padding=True)
     names = layer_names(shown.dataset, variable)
-    places = _spread(len(names), _LINES)
+    places = _spread(len(names), _LINES if width > _NARROW else _LINES - 2)
     with drawn(width, 3.4) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         for number, place in enumerate(places):
@@ -228,7 +231,8 @@ def token_progression(
             norms, turns = progression(values)
             turns[shown.ends + 1] = np.nan
             told: dict[str, Any] = {
-                "color": COLORS[number], "linestyle": DASHES[number], "lw": 1.0,
+                "color": COLORS[number], "linestyle": DASHES[number],
+                "lw": 1.0 if width > _NARROW else 0.7,
                 "label": f"layer {names[place]}" if source.layer_dims else variable,
                 "marker": "." if shown.count < 3 else "", "ms": 4,
             }  # fmt: skip
@@ -275,7 +279,7 @@ def _progression_axes(upper: Axes, lower: Axes, norms: Floats, variable: str) ->
     from matplotlib.ticker import FuncFormatter
 
     there = norms[np.isfinite(norms) & (norms > 0)]
-    if there.size and there.max() > 20 * np.median(there):
+    if there.size and there.max() > 8 * np.median(there):
         upper.set_yscale("log")
         upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         upper.set_ylabel(wrapped(f"L2 norm of {variable} (log)", 1.3))

@@ -6,15 +6,13 @@ Figures are made without pyplot, and matplotlib's settings are as before when a 
 from __future__ import annotations
 
 import functools
-import textwrap
-import warnings
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from actstore.errors import ConfigError
-from actstore.plots.text import families
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,40 +51,6 @@ INK: Final = "0.25"
 SMALL: Final = 6.0  # points; nothing is smaller
 _LAYERS_NAMED: Final = 14
 
-_STYLE: Final[dict[str, Any]] = {
-    "axes.edgecolor": INK,
-    "axes.formatter.use_mathtext": False,
-    "axes.labelsize": 7.0,
-    "axes.linewidth": 0.6,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 7.0,
-    "axes.titlepad": 3.0,
-    "axes.unicode_minus": True,
-    "figure.dpi": 100.0,
-    "figure.facecolor": "white",
-    "font.size": 7.0,
-    "hatch.color": "0.6",
-    "hatch.linewidth": 0.4,
-    "legend.fontsize": SMALL,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,  # text stays text, as publishers ask for
-    "ps.fonttype": 42,
-    "savefig.dpi": 300.0,
-    "savefig.facecolor": "white",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "actstore",
-    "text.parse_math": False,  # tokens have dollar signs
-    "text.usetex": False,
-    "xtick.labelsize": SMALL,
-    "xtick.major.size": 2.0,
-    "xtick.major.width": 0.5,
-    "xtick.minor.size": 0.0,
-    "ytick.labelsize": SMALL,
-    "ytick.major.size": 2.0,
-    "ytick.major.width": 0.5,
-    "ytick.minor.size": 0.0,
-}
-
 
 def needs_matplotlib(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Let a function that draws say what to install, where matplotlib isn't."""
@@ -102,17 +66,6 @@ def needs_matplotlib(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 @contextmanager
-def _styled() -> Iterator[None]:
-    import matplotlib as mpl
-
-    with mpl.rc_context():
-        mpl.rcdefaults()  # whatever style its user has
-        settings: Any = mpl.rcParams  # whose names are more than a dict of ours is known to have
-        settings.update({**_STYLE, "font.family": list(families())})
-        yield
-
-
-@contextmanager
 def drawn(width: float, height: float) -> Iterator[Figure]:
     """Give a figure to draw into, in inches, in the style; it keeps to it when it is saved.
 
@@ -121,38 +74,15 @@ def drawn(width: float, height: float) -> Iterator[Figure]:
     ConfigError
         The width is none.
     """
-    if find_spec("matplotlib") is None:
-        msg = (
-            "figures are drawn by matplotlib, which isn't installed: pip install 'actstore[plot]'"
-        )
-        raise ConfigError(msg)
     if isinstance(width, bool) or not isinstance(width, int | float) or not 1 <= width <= 60:
         msg = (
             f"width must be inches from 1 to 60: 3.4 is a column of a paper, 7 two; got {width!r}"
         )
         raise ConfigError(msg)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from actstore.plots.canvas import Drawn, styled
 
-    class Drawn(Figure):
-        """A figure that is drawn and saved in the style that it was made in."""
-
-        def draw(self, renderer: Any) -> None:
-            with _styled(), warnings.catch_warnings():
-                # too narrow for its labels: still better than nothing
-                warnings.filterwarnings("ignore", "constrained_layout not applied")
-                super().draw(renderer)
-
-        def savefig(self, *args: Any, **kwargs: Any) -> None:
-            with _styled():
-                super().savefig(*args, **kwargs)
-
-    with _styled():
-        layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
-        figure = Drawn(figsize=(width, height), layout=layout)
-        FigureCanvasAgg(figure)
-        yield figure
+    with styled():
+        yield Drawn.of(width, height)
 
 
 def note(figure: Figure, text: str) -> None:
@@ -188,7 +118,12 @@ def ticks_of_layers(axes: Axes, layers: Sequence[Any], axis: str = "y") -> None:
 
 def wrapped(text: str, inches: float) -> str:
     """Break a label where it is longer than its axis."""
-    return "\n".join(textwrap.wrap(text, max(int(inches * 72 / 3.9), 12))[:3])
+    most, lines = max(int(inches * 72 / 3.9), 12), [""]
+    for part in re.split(r"(?<=[\s._])", text):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > most:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(one.rstrip() for one in lines)
 
 
 def scale_bar(
