@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import xarray as xr
@@ -189,23 +189,29 @@ def _texts(
     dataset: xr.Dataset, pass_index: int, item: int, queries: int, keys: int
 ) -> tuple[list[str], list[str]]:
     """Give the tokens of queries and keys; their places where the rows don't tell."""
-    found: list[list[str]] = []
-    for count in (queries, keys):
+    found: dict[int, list[str]] = {}
+    for count in {queries, keys}:
+        found[count] = [str(one) for one in range(count)]
         for axis in token_axes(dataset).values():
             rows = _rows(axis, pass_index, item, count)
             if rows is not None:
-                texts = axis.label("token_text").to_numpy()[rows]
-                found.append(labels(texts, axis.label("token_id").to_numpy()[rows]))
+                found[count] = labels(
+                    *(_at(axis, one, rows) for one in ("token_text", "token_id"))
+                )
                 break
-        else:
-            found.append([str(one) for one in range(count)])
-    mine, theirs = found
-    return mine[:_MOST], theirs[-_MOST:] if queries == 1 else theirs[:_MOST]
+    return found[queries][:_MOST], (found[keys][-_MOST:] if queries == 1 else found[keys][:_MOST])
+
+
+def _at(axis: TokenAxis, label: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """Read a label of some rows: texts of a million take a second."""
+    name = axis.prefix + label
+    found: NDArray[Any] = axis.dataset.variables[name][rows].values
+    return found
 
 
 def _rows(axis: TokenAxis, pass_index: int, item: int, count: int) -> NDArray[np.int64] | None:
     """Give the rows of a pass if they are so many; else with those of the passes before it."""
-    if "batch_item" not in axis or "token_text" not in axis:
+    if any(one not in axis for one in ("batch_item", "token_text", "token_id")):
         return None
     passes = axis.label("pass_index").to_numpy()
     mine = axis.label("batch_item").to_numpy() == item

@@ -351,7 +351,7 @@ def _on_text(values: NDArray[np.float64], shown: Any, what: str, width: float) -
         figure.draw_without_rendering()  # what the scale leaves to the text
         room = axes.get_window_extent().width / figure.dpi
         lines, at = _lines(widths, shown, room)
-        height = (lines + 1) * _LINE
+        height = max((lines + 1) * _LINE, 0.95)
         figure.set_size_inches(width, max(height + 0.25, 1.2))
         axes.set_xlim(0, room)
         axes.set_ylim(height, -0.02)
