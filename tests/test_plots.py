@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 from ml_dtypes import bfloat16
+from typer.testing import CliRunner
 
 import actstore
 from actstore import plots
@@ -618,3 +620,51 @@ def test_colours_grow_lighter_evenly_so_that_they_read_in_grey() -> None:
     grey = ramp @ (0.2126, 0.7152, 0.0722)
     assert (np.diff(grey) > 0).all()
     assert len(set(COLORS)) == len(COLORS)
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def invoke(*arguments: Any) -> Any:
+    from actstore.cli.app import app
+
+    environment = {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
+    return CliRunner().invoke(app, ["plot", *map(str, arguments)], env=environment)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("norms", "change", "outliers", "distributions", "feature", "trajectory", "attention"),
+        *("correlation", "progression", "rates"),
+    ],
+)
+def test_the_command_writes_each_kind(kind: str, tmp_path: Path) -> None:
+    attention_log(tmp_path / "run.stream")
+    more = ["--feature", 2, "--layer", 1] if kind == "feature" else ["--width", 3.4]
+    done = invoke(kind, tmp_path / "run.stream", "-o", tmp_path / "out.svg", *more, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {
+        "path": str(tmp_path / "run.stream"),
+        "kind": kind,
+        "figure": str(tmp_path / "out.svg"),
+    }
+    ET.parse(tmp_path / "out.svg")
+
+
+def test_the_command_chooses_rows_and_refuses_what_makes_no_sense(tmp_path: Path) -> None:
+    attention_log(tmp_path / "run.stream")
+    log, out = tmp_path / "run.stream", tmp_path / "out.svg"
+    assert invoke("norms", log, "-o", out, "--rows", "-3:").exit_code == 0
+    assert "rows 9–11 of 12" in out.read_text(encoding="utf-8")
+    for arguments, said in (
+        (("norms", log, "-o", tmp_path / "out.txt"), "written as .pdf, .png, .svg"),
+        (("norms", log, "-o", out, "--rows", "3"), "--rows takes a slice"),
+        (("norms", log, "-o", out, "--feature", "3"), "norms takes no --feature"),
+        (("rates", log, "-o", out, "--pass", "0"), "rates takes no --pass"),
+        (("feature", log, "-o", out), "say which feature"),
+        (("norms", log, "-o", out, "--variable", "mlp"), "no variable"),
+    ):
+        done = invoke(*arguments)
+        assert done.exit_code == 3
+        assert said in done.stderr

@@ -80,7 +80,7 @@ def plot(  # noqa: PLR0913 - options of a command, each by its name
         "sample": sample,
         "width": width,
     }
-    if target.suffix not in _FORMATS:
+    if target.suffix.lower() not in _FORMATS:
         msg = f"a figure is written as {', '.join(_FORMATS)}; got {str(target)!r}"
         raise ConfigError(msg)
     _draw(kind, path, {name: one for name, one in given.items() if one is not None}, target)
