@@ -5,6 +5,7 @@ Reads all of the file or folder once, and holds no more than a block or a chunk 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections import Counter, deque
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -245,6 +246,21 @@ def _verify_log(path: Path, progress: Progress | None, *, decode: bool) -> Repor
         return Report(path, "log", damage, dict(check.checked), file.size, complete)
 
 
+class _Record(NamedTuple):
+    """A record as its frame describes it; of its header, which may be long, a hash."""
+
+    offset: int
+    opcode: int
+    header: bytes
+    payload_length: int
+    payload_crc: int
+
+    @classmethod
+    def of(cls, entry: Entry) -> _Record:
+        header = hashlib.blake2b(entry.header, digest_size=16).digest()
+        return cls(entry.offset, entry.opcode, header, entry.payload_length, entry.payload_crc)
+
+
 @dataclass(slots=True)
 class _LogCheck:
     """Walks a log from its first byte on."""
@@ -264,7 +280,7 @@ class _LogCheck:
     def _of_records(self, pool: ThreadPoolExecutor) -> Iterator[Damaged]:
         """Walk the records; their payloads are read by threads, a few at a time, in order."""
         walked = Scan({}, self.reader.scan.sync)
-        group: list[Entry] = []
+        group: list[_Record] = []
         waiting: list[Damaged] = []  # counts when a COMMIT follows: before, it is a torn tail
         index: Entry | None = None
         for entry, found in _ahead(pool, self._record, walk(self.file, walked, len(MAGIC))):
@@ -285,7 +301,7 @@ class _LogCheck:
                 case Opcode.PAD | Opcode.HEADER:
                     pass
                 case _:
-                    group.append(entry)
+                    group.append(_Record.of(entry))
         yield from (Damaged("gap", one.offset, one.reason) for one in walked.damage)
         yield from self._end(index)
 
@@ -304,12 +320,16 @@ class _LogCheck:
             return [Damaged(_name(entry.opcode), entry.offset, str(error))]
         return []
 
-    def _directory(self, commit: Entry, group: list[Entry], *, gaps: bool) -> Iterator[Damaged]:
+    def _directory(self, commit: Entry, group: list[_Record], *, gaps: bool) -> Iterator[Damaged]:
         """Compare a group's directory with its records; where there is a gap, with those left."""
         try:
             start = Commit.decode(commit.header).start
-            entries = records.decode_entries(self.file.payload(commit))
-            said = [entry for entry in entries if entry.opcode != Opcode.PAD]
+            self.file.check(commit)
+            start_of, size = commit.payload_offset, commit.payload_length
+            entries = records.read_entries(
+                lambda at, length: self.file.read(start_of + at, length), size
+            )
+            said = [_Record.of(entry) for entry in entries if entry.opcode != Opcode.PAD]
         except FormatError as error:
             yield Damaged("COMMIT", commit.offset, str(error))
             return
@@ -352,16 +372,21 @@ def _ahead(
 ) -> Iterator[tuple[Entry, list[Damaged]]]:
     """Yield each entry and what its check found, while those behind it are being checked."""
 
-    def check_all(mine: list[Entry]) -> list[tuple[Entry, list[Damaged]]]:
-        return [(entry, check(entry)) for entry in mine]
+    def check_all(mine: list[Entry]) -> deque[tuple[Entry, list[Damaged]]]:
+        return deque((entry, check(entry)) for entry in mine)
 
-    pending: deque[Future[list[tuple[Entry, list[Damaged]]]]] = deque()
+    def taken() -> Iterator[tuple[Entry, list[Damaged]]]:
+        found = pending.popleft().result()
+        while found:  # what was looked at is not kept: headers may be long
+            yield found.popleft()
+
+    pending: deque[Future[deque[tuple[Entry, list[Damaged]]]]] = deque()
     for mine in _batches(entries):
         pending.append(pool.submit(check_all, mine))
         if len(pending) >= _AHEAD:
-            yield from pending.popleft().result()
-    for found in pending:
-        yield from found.result()
+            yield from taken()
+    while pending:
+        yield from taken()
 
 
 def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
@@ -370,7 +395,7 @@ def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
     nbytes = 0
     for entry in entries:
         mine.append(entry)
-        nbytes += entry.payload_length
+        nbytes += entry.payload_length + len(entry.header)
         if nbytes >= _BATCH_BYTES:
             yield mine
             mine, nbytes = [], 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import islice
@@ -51,6 +51,7 @@ __all__ = [
     "decode_entries",
     "encode_end",
     "encode_entries",
+    "read_entries",
 ]
 
 VERSION: Final = 1
@@ -717,6 +718,31 @@ def decode_entries(payload: bytes) -> Iterator[Entry]:
     while cursor.left:
         offset, opcode, header, length, crc = cursor.unpack(_ENTRY)
         yield Entry(offset, opcode, cursor.take(header), length, crc)
+
+
+def read_entries(read: Callable[[int, int], bytes], size: int) -> Iterator[Entry]:
+    """Read the directory of a group entry by entry, where it isn't held in memory.
+
+    Parameters
+    ----------
+    read : callable
+        Gives bytes of the directory, from an offset on.
+    size : int
+        How many there are.
+
+    Raises
+    ------
+    FormatError
+        It ends within an entry.
+    """
+    at = 0
+    while at < size:
+        head = _Cursor(read(at, min(_ENTRY.size, size - at)), "COMMIT")
+        offset, opcode, header, length, crc = head.unpack(_ENTRY)
+        at += _ENTRY.size
+        body = _Cursor(read(at, min(header, size - at)), "COMMIT")
+        yield Entry(offset, opcode, body.take(header), length, crc)
+        at += header
 
 
 @dataclass(frozen=True, slots=True)
