@@ -371,6 +371,24 @@ def test_the_first_sequence_goes_on_through_the_passes_of_a_generation() -> None
     assert other.dataset.token_id.values.tolist() == [104, 105, 106, 107]
 
 
+def test_each_token_axis_of_an_encoder_decoder_has_figures(tmp_path: Path) -> None:
+    log = LogBuilder(tmp_path / "run.stream")
+    for stack in ("encoder", "decoder"):
+        log.layer(f"{stack}.block.0", f"{stack}_resid", 0)
+        log.layer(f"{stack}.block.1", f"{stack}_resid", 1)
+    log.texts({100 + one: f" w{one}" for one in range(5)})
+    log.begin(axis(1, 5, name="encoder_token"), axis(1, 3, name="decoder_token"))
+    for stack, count in (("encoder", 5), ("decoder", 3)):
+        for block in range(2):
+            log.put(f"{stack}.block.{block}", normal(1, count, 4).astype(bfloat16))
+    log.close()
+    with actstore.open_dataset(tmp_path / "run.stream") as dataset:
+        for stack, count in (("encoder", 5), ("decoder", 3)):
+            figure = plots.norm_map(dataset, f"{stack}_resid")
+            assert tokens_of(figure) == [f"␣w{one}" for one in range(count)]
+            assert plots.trajectory(dataset, f"{stack}_resid", layer=1).axes
+
+
 def test_padding_is_left_out_and_rows_can_be_told() -> None:
     dataset = rows_of(normal(), is_padding=np.arange(12) < 3)
     assert chosen_rows(dataset, "resid").count == 9

@@ -98,18 +98,14 @@ def chosen_rows(
     else:
         found, most = _first_sequence(axis), _MOST
     kept = found[:most]
-    mine = _narrow(dataset, variable, axis.dim)
+    mine = _narrow(dataset, variable)
     taken = token_axes(mine)[axis.dim].take(kept)
     return _shown(taken, axis.dim, kept, len(found), axis.rows)
 
 
-def _narrow(dataset: xr.Dataset, variable: str, dim: str) -> xr.Dataset:
-    """Leave out all variables but one, and labels of other axes."""
-    names = [one for one in (variable, f"{variable}_present") if one in dataset]
-    found = dataset[names]
-    return found.drop_vars(
-        [name for name, one in found.coords.items() if "packet" in str(one.dims) and name != dim]
-    )
+def _narrow(dataset: xr.Dataset, variable: str) -> xr.Dataset:
+    """Leave out all variables but one, and with them the labels of other dimensions."""
+    return dataset[[one for one in (variable, f"{variable}_present") if one in dataset]]
 
 
 def _of_pass(axis: TokenAxis, pass_index: int | None, item: int | None) -> NDArray[np.int64]:
@@ -238,7 +234,7 @@ def sampled(dataset: xr.Dataset, variable: str, sample: int | None) -> tuple[xr.
         msg = f"sample must be a positive number of rows; got {sample!r}"
         raise ConfigError(msg)
     source = source_of(dataset, variable, padding=True)
-    mine, total = _narrow(dataset, variable, source.dim), source.rows
+    mine, total = _narrow(dataset, variable), source.rows
     each = source.row_bytes * len(source.places)
     wanted = sample or max(min(_SAMPLE, _SAMPLE_BYTES // each), _PIECES)
     if total <= wanted:
