@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from actstore.cli import exchange
+from actstore.cli import exchange, plotting
 from actstore.cli.common import (
     Codec,
     Dim,
@@ -31,7 +31,7 @@ __all__ = ["app"]
 
 #: As ``--help`` lists them.
 _ORDER: Final = (
-    *("capture", "info", "ls", "tokens", "stats", "verify", "recover"),
+    *("capture", "info", "ls", "tokens", "stats", "plot", "verify", "recover"),
     *("compact", "append", "export", "import", "share", "report", "bench"),
 )
 
@@ -371,5 +371,5 @@ def _version(
         raise typer.Exit
 
 
-assert exchange  # noqa: S101 - its commands are registered
+assert exchange and plotting  # noqa: S101, PT018 - their commands are registered
 app.registered_commands.sort(key=lambda one: _ORDER.index(str(one.name)))
