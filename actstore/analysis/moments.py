@@ -29,12 +29,14 @@ Integers = NDArray[np.int64]
 
 #: Elements: few enough to stay in the cache; many, since each call of NumPy gives up the GIL, and
 #: a thread that must wait for it takes 40 µs to wake.
-_PIECE: Final = 1 << 17
-_MOST_ROWS: Final = 255  # of a piece, so that a byte counts them
+_PIECE: Final = 1 << 19
+_MOST_ROWS: Final = 65535  # of a piece, so that two bytes count them
 _MERGED: Final = 1 << 14  # features of blocks that are merged at once
 #: A shift is the mean of every so manieth row, and so no farther from the mean than 2.7 standard
 #: deviations: |shift - mean|² <= variance · (1 - f) / f for the mean of a fraction f.
 _SHIFT_STRIDE: Final = 8
+#: Rows from which on a sample tells how far means are from 0; the share of columns that may be.
+_LEAST_SAMPLE, _FEW = 16, 1 / 32
 #: Fourth powers of values with these ranges are normal float32 numbers, and so are their sums.
 _WIDEST, _NARROWEST = np.float32(2.0**29), np.float32(2.0**-24)
 #: Squares of rows with these sums are.
@@ -241,9 +243,7 @@ class _Pass:
     def _columns_of(self, block: NDArray[np.float32], squares: Floats) -> Moments:
         """Give the moments of some columns; add to the squares, and to the histogram."""
         rows, width = block.shape
-        shift = block[0] + np.add.reduce(block[::_SHIFT_STRIDE] - block[0], axis=0) / np.float32(
-            -(-rows // _SHIFT_STRIDE)
-        )
+        shift, far = _shift(block)
         count = -(-rows // self._rows)
         sums = np.empty((count, 4, width), np.float32)
         ends = np.empty((2, count, width), np.float32)
@@ -257,7 +257,7 @@ class _Pass:
             squares[first : first + len(piece)] += np.vecdot(piece, piece)
             zero = np.equal(piece, 0, out=_like(self._zero, piece))
             if zero.any():
-                zeros += np.add.reduce(zero.view(np.uint8), axis=0, dtype=np.uint8)
+                zeros += np.add.reduce(zero.view(np.uint8), axis=0, dtype=np.uint16)
             if self._every:
                 self._count(piece)
         low, high = ends[0].min(axis=0), ends[1].max(axis=0)
@@ -276,7 +276,7 @@ class _Pass:
             np.zeros(width, np.int64),
         )
         spread = high - low
-        odd = ~((spread <= _WIDEST) & ((spread >= _NARROWEST) | (spread == 0)))
+        odd = far | ~((spread <= _WIDEST) & ((spread >= _NARROWEST) | (spread == 0)))
         if odd.any():
             places = np.flatnonzero(odd)
             moments.replace(places, _moments(block[:, places]))
@@ -287,11 +287,12 @@ class _Pass:
 
     def _sum(self, piece: NDArray[np.float32], shift: NDArray[np.float32], out: Any) -> None:
         """Sum the first four powers about the shift."""
-        apart, square = _like(self._apart, piece), _like(self._square, piece)
-        np.subtract(piece, shift, out=apart)
+        apart, square = piece, _like(self._square, piece)
+        if shift.any():
+            apart = np.subtract(piece, shift, out=_like(self._apart, piece))
         np.add.reduce(apart, axis=0, out=out[0])
         np.multiply(apart, apart, out=square)
-        np.einsum("ij,ij->j", apart, apart, out=out[1])
+        np.add.reduce(square, axis=0, out=out[1])
         np.einsum("ij,ij->j", apart, square, out=out[2])
         np.einsum("ij,ij->j", square, square, out=out[3])
 
@@ -315,6 +316,23 @@ class _Pass:
             for first in range(0, len(piece), self._rows):
                 self._count(sketch.narrowed(piece[first : first + self._rows]))
         return moments, _squares(block)
+
+
+def _shift(block: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Give about what the powers of columns are summed, and the columns that are too far from it.
+
+    It is near their means, by some of the rows. Where most means are within a deviation of 0 it is
+    0, which takes no subtraction; the few that aren't are summed by themselves.
+    """
+    some = block[::_SHIFT_STRIDE]
+    apart = some - block[0]
+    means = block[0] + np.add.reduce(apart, axis=0) / np.float32(len(some))
+    np.subtract(some, means, out=apart)
+    deviations = np.sqrt(np.add.reduce(apart * apart, axis=0) / np.float32(len(some)))
+    far = ~(np.abs(means) <= deviations)
+    if len(some) >= _LEAST_SAMPLE and np.count_nonzero(far) <= far.size * _FEW:
+        return np.zeros_like(means), far
+    return means, np.zeros_like(far)
 
 
 def _like(buffer: NDArray[Any], piece: NDArray[Any]) -> NDArray[Any]:
