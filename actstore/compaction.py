@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -432,20 +432,24 @@ def _precisions(plan: layout.Plan, wanted: Wanted) -> dict[str, Precision]:
         return {}
     given = wanted if isinstance(wanted, Mapping) else {"*": wanted}
     by_name = {name: Precision.parse(one) for name, one in given.items()}
+    own = {one.name for one in plan.variables}
     for name in by_name:
-        if name != "*" and not any(_is_meant(name, one) for one in plan.variables):
+        if name != "*" and not any(_is_meant(name, one, own) for one in plan.variables):
             known = ", ".join(repr(one.name) for one in plan.variables)
             msg = f"precision names {name!r}, which no variable is called; there are {known}"
             raise ConfigError(msg)
     found = {}
     for variable in plan.variables:
-        mine = next((one for name, one in by_name.items() if _is_meant(name, variable)), None)
+        mine = next((one for name, one in by_name.items() if _is_meant(name, variable, own)), None)
         if mine is not None and mine.applies(variable.dtype, variable.row_shape):
             found[variable.name] = mine
     return found
 
 
-def _is_meant(name: str, variable: layout.Variable) -> bool:
+def _is_meant(name: str, variable: layout.Variable, own: Set[str]) -> bool:
+    """Whether a name is a variable's; one that is just that of a variable is of no other."""
+    if name in own:
+        return variable.name == name
     return fnmatchcase(variable.name, name) or fnmatchcase(variable.site, name)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import actstore
 from actstore.archive import grid
+from actstore.archive.precision import decoded
 from actstore.choosing import choose_precision
 from actstore.errors import ArchiveError, ConfigError
 
@@ -256,6 +257,23 @@ def test_a_mapping_says_it_of_some_and_the_first_that_matches_counts(tmp_path: P
     _, found, _ = compacted(tmp_path, {"wide": "float16", "*": "relative=0.1"})
     assert found.wide.attrs["precision"] == "float16"
     assert found.resid.attrs["precision"] == "relative=0.1"
+
+
+def test_the_name_of_a_variable_is_of_no_other_of_its_site(tmp_path: Path) -> None:
+    log = LogBuilder(tmp_path / "run.stream")
+    log.layer("h", "resid", 0)
+    log.begin(axis(1, 4))
+    for call in range(2):
+        log.put("h", np.ones((1, 4, WIDTH), np.float32), call=call)
+    actstore.compact(log.close(), tmp_path / "run.zarr", precision={"resid": "int8"})
+    with actstore.open_dataset(tmp_path / "run.zarr") as found:
+        assert found.resid.attrs["precision"] == "int8"
+        assert "precision" not in found.resid_call1.attrs
+
+
+def test_codes_are_counted_from_what_the_metadata_say() -> None:
+    codes = np.array([[5, 7]], np.uint16)
+    assert decoded(codes, np.array([2], "f4"), "f4", 6).tolist() == [[-2, 2]]
 
 
 @pytest.mark.parametrize(

@@ -352,3 +352,91 @@ def test_weights_are_hashed_on_request(tmp_path: Path) -> None:
     made = actstore.share(log.path, tmp_path / "shared", model_folder=MODEL, hash_weights=True)
     weights = hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest()
     assert weights in (made.path / "README.md").read_text()
+
+
+def test_what_names_something_outside_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    root = json.loads((archive / "zarr.json").read_bytes())
+    below = root["consolidated_metadata"]["metadata"]
+    before = sorted(one.name for one in tmp_path.iterdir())
+    for name in ("../private", "../../private", "resid/../../private", "/private"):
+        below[name] = below["resid"]
+        (archive / "zarr.json").write_text(json.dumps(root))
+        for made in (actstore.what_leaves, lambda one: actstore.share(one, tmp_path / "shared")):
+            with pytest.raises(ArchiveError, match="names something outside of itself"):
+                made(archive)
+        del below[name]
+    root["attributes"]["rows"]["../../planted"] = 0
+    (archive / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(ArchiveError, match="has no dimension"):
+        actstore.share(archive, tmp_path / "shared")
+    assert sorted(one.name for one in tmp_path.iterdir()) == before
+
+
+def test_links_are_refused_and_what_is_no_chunk_stays(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path)
+    (tmp_path / "key").write_text("secret")
+    (archive / "resid" / "notes.txt").write_text("secret")
+    (archive / "resid" / "c" / "notes.txt").write_text("secret")
+    made = actstore.share(archive, tmp_path / "shared")
+    assert not any("notes" in name for name in files_of(made.path))
+    chunk = archive / "resid" / "c" / "9"
+    chunk.symlink_to(tmp_path / "key")
+    with pytest.raises(ArchiveError, match="is a link, or no file"):
+        actstore.share(archive, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_ids_that_a_module_was_given_leave_with_the_ids(tmp_path: Path) -> None:
+    log = LogBuilder(tmp_path / "run.stream")
+    log.layer("embed@in", "embed@in")
+    log.layer("h")
+    log.begin(axis(1, 6))
+    log.put("embed@in", np.arange(100, 106)[np.newaxis])
+    log.put("h", random_values((1, 6, 8)))
+    actstore.compact(log.close(), tmp_path / "run.zarr")
+    listed = actstore.what_leaves(tmp_path / "run.zarr")
+    assert {one.name for one in listed if one.kind == "token ids"} >= {"embed_in", "token_id"}
+    privacy = actstore.Privacy(drop_token_ids=True)
+    made = actstore.share(tmp_path / "run.zarr", tmp_path / "shared", privacy=privacy)
+    with xr.open_zarr(made.data) as found:
+        assert "embed_in" not in found
+        assert "h" in found
+        assert (found.token_id == -1).all()
+    assert actstore.verify(made.data).ok
+
+
+def test_what_an_import_read_leaves_only_where_nothing_is_taken_out(tmp_path: Path) -> None:
+    from actstore.sharing.privacy import shared_attributes
+
+    root = json.loads((archive_of(tmp_path) / "zarr.json").read_bytes())["attributes"]
+    said = {"kind": "folder", "files": [{"name": "patient_42.npy", "sha256": "00"}]}
+    root["runs"][0]["imported"] = said
+    root["runs"][0]["models"] = [{"config": {"text_config": {"_name_or_path": "/home/ann/x"}}}]
+    kept = shared_attributes(root, actstore.Privacy())["runs"][0]
+    assert kept["imported"] == said
+    assert kept["models"][0]["config"]["text_config"]["_name_or_path"] == "x"
+    privacy = actstore.Privacy(drop_text=True)
+    assert shared_attributes(root, privacy)["runs"][0]["imported"] == {"kind": "folder"}
+    assert "a key" not in repr(actstore.Privacy(hash_text="a key"))
+
+
+def test_parts_of_codes_are_not_read_to_be_listed(tmp_path: Path) -> None:
+    log = LogBuilder(tmp_path / "run.stream")
+    log.layer("h")
+    log.begin(axis(1, 6))
+    log.put("h", np.full((1, 6, 40), np.inf, np.float32))
+    actstore.compact(log.close(), tmp_path / "run.zarr", precision="nmse=1e-3")
+    names = [one.name for one in actstore.what_leaves(tmp_path / "run.zarr")]
+    assert "h" in names
+    assert not any(name.startswith("h_") for name in names)
+
+
+def test_labels_that_are_no_numbers_are_null_in_tables(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path)
+    actstore.add_coordinates(archive, {"score": [np.inf, -np.inf, np.nan] + [0.5] * 15})
+    made = actstore.share(archive, tmp_path / "shared")
+    table = json.loads((made.path / "tokens.json").read_text(), parse_constant=pytest.fail)
+    assert table["score"] == [None] * 3 + [0.5] * 15

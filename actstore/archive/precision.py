@@ -327,7 +327,12 @@ class Codes:
         return cls(np.zeros(shape, dtype), np.full(shape[0], np.nan, np.float32), Errors())
 
 
-def decoded(codes: NDArray[Any], scale: NDArray[np.float32], dtype: DTypeLike) -> Floats:
+def decoded(
+    codes: NDArray[Any],
+    scale: NDArray[np.float32],
+    dtype: DTypeLike,
+    middle: int | None = None,
+) -> Floats:
     """Give the values of codes: ``(code - middle) * scale``, and NaN for the code 0.
 
     Parameters
@@ -338,9 +343,11 @@ def decoded(codes: NDArray[Any], scale: NDArray[np.float32], dtype: DTypeLike) -
         float32 [n], or of one element.
     dtype : dtype
         Of the values, float32 or float64: what the product is rounded to.
+    middle : int, optional
+        The code of 0, if it isn't the usual.
     """
     values: Floats = codes.astype(dtype)
-    values -= _MIDDLE[codes.dtype.itemsize]
+    values -= _MIDDLE[codes.dtype.itemsize] if middle is None else middle
     with np.errstate(over="ignore"):  # where codes are made it is seen, and they are not kept
         values *= _by_row(scale.astype(dtype), codes.ndim)
     if codes.size:

@@ -346,13 +346,15 @@ class CodedRows:
         The rows that have no codes, where there are any.
     dtype : numpy.dtype
         Of the values.
+    middle : int
+        The code of 0.
     """
 
     def __init__(
-        self, codes: Rows, scale: Rows | float, exact: Rows | None, dtype: np.dtype
+        self, codes: Rows, scale: Rows | float, exact: Rows | None, dtype: np.dtype, middle: int
     ) -> None:
         self.shape, self.axis, self.dtype = codes.shape, codes.axis, dtype
-        self._codes, self._scale, self._exact = codes, scale, exact
+        self._codes, self._scale, self._exact, self._middle = codes, scale, exact, middle
 
     def read(self, layer: int, rows: Integers) -> NDArray[Any]:
         """Read rows of a layer, in the order given; rows that were never written are NaN."""
@@ -367,7 +369,7 @@ class CodedRows:
         pieces = [slice(first, first + size) for first in range(0, len(rows), size)]
 
         def decode(piece: slice) -> None:
-            values[piece] = decoded(codes[piece], scale[piece], self.dtype)
+            values[piece] = decoded(codes[piece], scale[piece], self.dtype, self._middle)
 
         if len(pieces) < _ALONE:
             for piece in pieces:
@@ -409,6 +411,10 @@ def value_rows(
             if scale is None:
                 continue
             wide = said["source_dtype"] == "float64"
-            rows = CodedRows(rows, scale, exact, np.dtype("f8" if wide else "f4"))
+            middle = said.get("code_offset")
+            if middle is None:
+                middle = round(-float(said["add_offset"]) / float(said["scale_factor"]))
+            kind = np.dtype("f8" if wide else "f4")
+            rows = CodedRows(rows, scale, exact, kind, int(middle))
         found[name] = rows
     return found, parts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,9 +16,32 @@ from actstore import files
 from actstore.archive import store
 from actstore.archive.adding import ADDED
 from actstore.archive.coordinates import STRING, Coordinate
+from actstore.archive.names import clean
 from actstore.errors import ArchiveError
 
-__all__ = ["copy_archive"]
+__all__ = ["check_names", "copy_archive"]
+
+
+def check_names(folder: Path, root: Mapping[str, Any]) -> None:
+    """Refuse an archive whose root names anything that could lead out of its folder.
+
+    Raises
+    ------
+    ArchiveError
+        It does, or it names a token axis that nothing has.
+    """
+    below = root["consolidated_metadata"]["metadata"]
+    for name in below:
+        if not set(name.split("/")).isdisjoint(("", ".", "..")) or "\\" in name:
+            msg = f"{folder} names something outside of itself: {name!r}; see actstore.verify"
+            raise ArchiveError(msg)
+    dims = {
+        dim for one in store.arrays_of(root).values() for dim in one.get("dimension_names", ())
+    }
+    for dim in root["attributes"]["rows"]:
+        if dim != clean(dim) or dim not in dims:
+            msg = f"{folder} has no dimension {dim!r}, of which its root says rows"
+            raise ArchiveError(msg)
 
 
 def copy_archive(
@@ -41,9 +65,10 @@ def copy_archive(
     Raises
     ------
     ArchiveError
-        A part of the archive is gone.
+        A part of the archive is gone, or leads out of it.
     """
     root = store.read_root(folder)
+    check_names(folder, root)
     below: Mapping[str, Any] = root["consolidated_metadata"]["metadata"]
     gone = {name for name, values in changed.items() if values is None}
     lost = {
@@ -78,13 +103,21 @@ def _texts(name: str) -> tuple[str, str]:
 
 
 def _link(folder: Path, target: Path, name: str, *, whole: bool) -> None:
-    paths = (folder / name).rglob("*") if whole else [folder / name / "zarr.json"]
-    for path in paths:
-        if path.is_dir():
+    """Link to the metadata of a node and, of an array, to its chunks; to nothing else there."""
+    chunks = sorted((folder / name / "c").rglob("*")) or [folder / name / "c"] if whole else []
+    for path in [folder / name / "zarr.json", *chunks]:
+        keys = path.relative_to(folder / name).parts[1:]
+        if path.is_dir() and not path.is_symlink():
             continue
+        if not all(one.isdecimal() for one in keys) or (chunks == [path] and not path.exists()):
+            continue  # no chunk; or the array has none
         place = target / path.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
+            inside = path.resolve(strict=True).is_relative_to(folder.resolve())
+            if not inside or not S_ISREG(path.lstat().st_mode):
+                msg = f"{path} is a link, or no file: an archive has none such"
+                raise ArchiveError(msg)
             files.link_or_copy(path, place)
         except FileNotFoundError as error:
             msg = f"{path} is gone: see actstore.verify"

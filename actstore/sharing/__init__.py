@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ import numpy as np
 from actstore import files
 from actstore.archive import store
 from actstore.archive.coordinates import prefix_of
-from actstore.archive.redacting import copy_archive
+from actstore.archive.redacting import check_names, copy_archive
 from actstore.compaction import Pathlike, Progress, compact
 from actstore.errors import ActstoreError, ArchiveError, ConfigError
 from actstore.exporting import export
@@ -182,9 +184,8 @@ def _made(target: Path) -> Iterator[Path]:
     if not target.absolute().parent.is_dir():
         msg = f"there is no folder {str(target.parent)!r} for {target.name!r}; create it"
         raise ConfigError(msg)
-    folder = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    folder.chmod(0o755)
     try:
         yield folder
         for path in sorted(folder.rglob("*")):
@@ -208,6 +209,7 @@ def _archive(
         made = folder / ".source.zarr"
         compact(place, made, max_memory_gb=gigabytes, progress=progress)
     root = store.read_root(made)
+    check_names(made, root)
     target = folder / f"{_stem(place)}.zarr"
     said = shared_attributes(root["attributes"], privacy)
     copy_archive(made, target, privacy.changed(made, root), said)
@@ -253,10 +255,13 @@ def _variables(root: Mapping[str, Any], folder: Path) -> Table:
 def _table(folder: Path, name: str, columns: Mapping[str, Any], description: str) -> Table:
     """Write columns as JSON, which has text as it is; numbers that are none are null."""
     plain = {
-        key: [None if one != one else one for one in values.tolist()]
+        key: [
+            None if isinstance(one, float) and not math.isfinite(one) else one
+            for one in values.tolist()
+        ]
         for key, values in columns.items()
     }
-    data = json.dumps(plain, ensure_ascii=False).encode()
+    data = json.dumps(plain, ensure_ascii=False, allow_nan=False).encode()
     files.write_new(folder / f"{name}.json", [data])
     kinds = {key: values.dtype.kind for key, values in columns.items()}
     return Table(name, f"{name}.json", kinds, description)

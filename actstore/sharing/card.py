@@ -309,7 +309,8 @@ def _privacy(said: Mapping[str, Any]) -> list[str]:
     return [
         f"Texts of tokens: {said['text']}. Ids of tokens: {said['token_ids']}. Labels left out: "
         f"{dropped}. Whoever has the model can tell the tokens from the activations of its "
-        "embedding and first blocks, whatever was taken out of the labels.",
+        "embedding and first blocks, and whoever has the tokenizer the likely next ones from "
+        "`logits`, whatever was taken out of the labels.",
         "",
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Final
 
@@ -14,13 +14,18 @@ from numpy.typing import NDArray
 
 from actstore.archive import store
 from actstore.archive.coordinates import ROW_LABELS, RUN, STRING, prefix_of
+from actstore.archive.precision import EXACT, SCALE
+from actstore.archive.redacting import check_names
 from actstore.errors import ConfigError
 
 __all__ = ["Leaving", "Privacy", "leaving"]
 
 _TEXT, _ID = "token_text", "token_id"
 _EXAMPLES: Final = 3
+_LOOKED_AT: Final = 10_000  # elements, for examples
 _ROOM: Final = 60  # characters of examples
+#: What is kept of an import's own words where anything is taken out.
+_OF_IMPORTS: Final = ("kind", "package", "version", "writer")
 _DIGITS: Final = 16  # of a hash, hexadecimal
 _IDS: Final = 1 << 53  # what every JSON parser holds
 
@@ -37,9 +42,13 @@ class Privacy:
         All ids of tokens are −1.
     hash_text : str, optional
         A key. Texts are the first 16 digits of their HMAC-SHA256 by it, ids 53 bits of theirs:
-        equal tokens can be told, and which they are only by who has the key.
+        equal tokens can be told from others. That hides texts from a look, not from an analysis:
+        how often tokens follow each other tells common ones.
     drop_labels : sequence of str
         Labels of yours that are left out.
+
+    Where ids are dropped or hashed, modules' integer inputs, which may be the ids, are left out;
+    and where anything is, the names and hashes of the files that an import read.
 
     Raises
     ------
@@ -49,7 +58,7 @@ class Privacy:
 
     drop_text: bool = False
     drop_token_ids: bool = False
-    hash_text: str | None = None
+    hash_text: str | None = field(default=None, repr=False)
     drop_labels: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -116,6 +125,8 @@ class Privacy:
         if self.drop_token_ids or self.hash_text:
             for name in (*ids, f"tokens/{_ID}"):
                 found[name] = self.of_ids(_read(folder, name, arrays))
+        if self.drop_token_ids or self.hash_text:
+            found |= dict.fromkeys(_inputs(arrays))
         if self.anything and any(name.startswith("statistics/") for name in arrays):
             found["statistics"] = None  # by text, it may be; it can be made again
             found["text/statistics"] = None
@@ -147,6 +158,7 @@ class Leaving:
 def leaving(folder: Path, privacy: Privacy) -> list[Leaving]:
     """List what of an archive leaves, as it leaves: what tells most of what was read first."""
     root = store.read_root(folder)
+    check_names(folder, root)
     arrays = store.arrays_of(root)
     changed = privacy.changed(folder, root)
     order = ("token text", "token ids", "your label", "metadata", "values", "label")
@@ -159,14 +171,17 @@ def leaving(folder: Path, privacy: Privacy) -> list[Leaving]:
         ):
             continue
         size = int(np.prod(said["shape"], dtype=np.int64))
+        if _is_part(name, arrays):
+            continue
         if "source_dtype" in said["attributes"]:
             modules = said["attributes"]["modules"]
             named = list(modules.values() if isinstance(modules, dict) else modules)
-            found.append(Leaving(name, "values", size, _short([one for one in named if one])))
+            kind = "token ids" if name in _inputs(arrays) else "values"
+            found.append(Leaving(name, kind, size, _short([one for one in named if one])))
             continue
         values = changed.get(name)
-        values = _read(folder, name, arrays) if values is None else values
-        distinct = list(dict.fromkeys(values.ravel()[:10_000].tolist()))
+        values = _read(folder, name, arrays, most=_LOOKED_AT) if values is None else values
+        distinct = list(dict.fromkeys(values.ravel()[:_LOOKED_AT].tolist()))
         found.append(Leaving(name, kinds.get(name, "label"), size, _short(distinct)))
     return sorted(found, key=lambda one: order.index(one.kind))
 
@@ -179,6 +194,9 @@ def _metadata(root: Mapping[str, Any], privacy: Privacy) -> Iterator[Leaving]:
             yield Leaving("model", "metadata", 1, _short([model.get("class", ""), path]))
     yield Leaving("run_id", "metadata", len(said["runs"]),
                   _short([one.get("run_id", "") for one in said["runs"]]))  # fmt: skip
+    for run in said["runs"]:
+        if isinstance(run.get("imported"), dict):
+            yield Leaving("imported", "metadata", 1, _short(list(run["imported"].values())))
     logs = said["provenance"]["logs"]
     names = [one["name"] for one in logs]
     yield Leaving(
@@ -193,12 +211,19 @@ def shared_attributes(attributes: Mapping[str, Any], privacy: Privacy) -> dict[s
         models = [
             {**one, "config": _without_folders(one.get("config"))} for one in run.get("models", [])
         ]
-        runs.append({**run, "models": models} if "models" in run else run)
+        kept = {**run, "models": models} if "models" in run else dict(run)
+        if privacy.anything and isinstance(kept.get("imported"), dict):
+            imported = kept["imported"].items()
+            kept["imported"] = {key: one for key, one in imported if key in _OF_IMPORTS}
+        runs.append(kept)
     return {**attributes, "runs": runs, "privacy": privacy.said()}
 
 
 def _without_folders(config: Any) -> Any:
-    path = config.get("_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return config
+    config = {key: _without_folders(one) for key, one in config.items()}
+    path = config.get("_name_or_path")
     if not isinstance(path, str):
         return config
     local = path.startswith(("/", ".", "~", "\\")) or path[1:2] == ":" or path.count("/") > 1
@@ -230,7 +255,8 @@ def _labels(root: Mapping[str, Any]) -> list[str]:
         prefix = prefix_of(names) or ""
         own = {f"{prefix}{one}" for one in (*ROW_LABELS, RUN)}
         found += [name for name in names if name not in own]
-    return found
+    added = root["attributes"].get("added", {})
+    return list(dict.fromkeys([*found, *(one for one in added if "/" not in one)]))
 
 
 def _kinds(root: Mapping[str, Any]) -> dict[str, str]:
@@ -240,8 +266,37 @@ def _kinds(root: Mapping[str, Any]) -> dict[str, str]:
     return found | dict.fromkeys(_labels(root), "your label")
 
 
-def _read(folder: Path, name: str, arrays: Mapping[str, Any]) -> NDArray[Any]:
-    return store.read_part(folder, name, (slice(None),) * len(arrays[name]["shape"]))
+def _inputs(arrays: Mapping[str, Any]) -> list[str]:
+    """Give the arrays of integers that modules were given: of an embedding, token ids."""
+    return [
+        name
+        for name, said in arrays.items()
+        if str(said["attributes"].get("site", "")).endswith("@in")
+        and np.dtype(said["data_type"]).kind in "iu"
+        and not {"code_offset", "scale_factor"} & said["attributes"].keys()
+    ]
+
+
+def _is_part(name: str, arrays: Mapping[str, Any]) -> bool:
+    """Whether an array is a part of values that are codes."""
+    ends = (SCALE, EXACT, f"{EXACT}_present")
+    return any(
+        name.endswith(end) and "precision" in _attributes(name.removesuffix(end), arrays)
+        for end in ends
+    )
+
+
+def _attributes(name: str, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = arrays.get(name, {}).get("attributes", {})
+    return found
+
+
+def _read(
+    folder: Path, name: str, arrays: Mapping[str, Any], most: int | None = None
+) -> NDArray[Any]:
+    shape = arrays[name]["shape"]
+    part = tuple(slice(most if place == 0 else most and 8) for place in range(len(shape)))
+    return store.read_part(folder, name, part)
 
 
 def _short(values: Sequence[Any]) -> str:
