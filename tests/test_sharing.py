@@ -440,3 +440,18 @@ def test_labels_that_are_no_numbers_are_null_in_tables(tmp_path: Path) -> None:
     made = actstore.share(archive, tmp_path / "shared")
     table = json.loads((made.path / "tokens.json").read_text(), parse_constant=pytest.fail)
     assert table["score"] == [None] * 3 + [0.5] * 15
+
+
+@pytest.mark.parametrize("precision", ["nmse=1e-3", "mse=1e-3"])
+def test_the_card_says_where_chunks_are_that_were_kept_whole(
+    tmp_path: Path, precision: str
+) -> None:
+    log = LogBuilder(tmp_path / "run.stream")
+    log.layer("h")
+    log.begin(axis(1, 6))
+    log.put("h", np.full((1, 6, 40), np.inf))
+    actstore.compact(log.close(), tmp_path / "run.zarr", precision=precision)
+    made = actstore.share(tmp_path / "run.zarr", tmp_path / "shared")
+    card = (made.path / "README.md").read_text()
+    assert "Of `h` some chunks are kept whole" in card
+    assert ("astype('float64')" in card) == precision.startswith("nmse")

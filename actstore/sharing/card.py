@@ -110,7 +110,8 @@ def variables(root: Mapping[str, Any]) -> list[dict[str, Any]]:
         named = [
             mine for mine in (modules.values() if isinstance(modules, dict) else modules) if mine
         ]
-        worst = max((errors[mine]["nmse"] for mine in named if mine in errors), default=0.0)
+        nmse = [float(errors[mine]["nmse"]) for mine in named if mine in errors]
+        worst = max(nmse, default=0.0)
         found.append(
             {
                 "variable": name,
@@ -289,19 +290,27 @@ def _codes(root: Mapping[str, Any]) -> list[str]:
         for name, one in arrays.items()
         if "code_offset" in one["attributes"]
     }
-    exact = [name for name in coded if f"{name}{EXACT}" in arrays]
-    if not coded:
-        return []
-    name, middle = next(iter(coded.items()))
-    told = ", ".join(f"`{one}`" for one in coded)
-    whole = ", ".join(f"`{one}`" for one in exact)
-    return [
-        f"{told} are codes, which actstore decodes. Without it, with `mask_and_scale=False`: "
-        f"`(ds.{name}.astype('float32') - {middle}) * ds.{name}{SCALE}`, the offset being the "
-        "attribute `code_offset`; the code 0 is no value"
-        + (f", and of {whole} the value in the array `…{EXACT}`." if exact else "."),
-        "",
-    ]
+    exact = [name for name in arrays if f"{name}{EXACT}" in arrays]
+    lines = []
+    if coded:
+        name, middle = next(iter(coded.items()))
+        told = ", ".join(f"`{one}`" for one in coded)
+        wide = arrays[name]["attributes"]["source_dtype"] == "float64"
+        kind = "float64" if wide else "float32"
+        lines += [
+            f"{told} are codes, which actstore decodes. Without it, with `mask_and_scale=False`: "
+            f"`(ds.{name}.astype('{kind}') - {middle}) * ds.{name}{SCALE}`, the offset being the "
+            "attribute `code_offset`; the code 0 is no value.",
+            "",
+        ]
+    if exact:
+        whole = ", ".join(f"`{one}`" for one in exact)
+        lines += [
+            f"Of {whole} some chunks are kept whole: where the code is 0, or xarray gives NaN, "
+            f"the value is in the array `…{EXACT}`.",
+            "",
+        ]
+    return lines
 
 
 def _privacy(said: Mapping[str, Any]) -> list[str]:
