@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import actstore
-from actstore import markup
+from actstore import files, markup
 from actstore.archive import jobs, layout, shards, store
 from actstore.archive.coordinates import STRING, Coordinate, Runs, pass_columns, token_columns
 from actstore.archive.jobs import Job, Read, Written
@@ -277,10 +277,10 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         As for `open_stream`.
     """
     began = time.monotonic()
-    paths, target = paths_of(streams), _path(out)
+    paths, target = paths_of(streams), files.path_of(out)
     shards.check_profile(profile)
     check_workers(workers)
-    _check_target(target)
+    files.check_new(target)
     with opened(paths, shapes, dtypes) as reader:
         content = Content.of(reader, tokenizer, precision)
         mine = content.jobs(reader)
@@ -836,28 +836,11 @@ def paths_of(streams: Pathlike | Sequence[Pathlike]) -> list[Path]:
     if not isinstance(streams, Sequence) or not streams:
         msg = f"compact takes the path of a log, or a sequence of them; got {streams!r}"
         raise ConfigError(msg)
-    return [_path(one) for one in streams]
-
-
-def _path(given: Pathlike) -> Path:
-    try:
-        return Path(given)
-    except TypeError:
-        msg = f"a path must be a str or a path object; got {given!r}"
-        raise ConfigError(msg) from None
+    return [files.path_of(one) for one in streams]
 
 
 def check_workers(workers: int) -> None:
     """Refuse a number of threads that is none."""
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         msg = f"workers must be a positive int; got {workers!r}"
-        raise ConfigError(msg)
-
-
-def _check_target(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        msg = f"{target} exists, and is not overwritten; give another name, or remove it"
-        raise ArchiveError(msg)
-    if not target.parent.is_dir():
-        msg = f"there is no folder {str(target.parent)!r} for {target.name!r}; create it"
         raise ConfigError(msg)

@@ -124,7 +124,7 @@ def export(
         hdf5.check_installed()
     compression = _check_compression(compression, kind)
     place = files.existing(source, "export")
-    _check_target(target)
+    files.check_new(target)
     with _archive(place, target, max_memory_gb) as archive, _partial(target) as partial:
         make = _hdf5 if kind == "HDF5" else _zip
         made = make(archive, partial, compression, max_memory_gb, progress or _quiet)
@@ -135,11 +135,7 @@ def export(
 
 def target_of(given: Pathlike) -> tuple[Path, str]:
     """Give a path and what is there by its name; raise a `ConfigError` where that is nothing."""
-    try:
-        target = Path(given)
-    except TypeError:
-        msg = f"a path must be a str or a path object; got {given!r}"
-        raise ConfigError(msg) from None
+    target = files.path_of(given)
     for suffix, kind in SUFFIXES.items():
         if target.name.lower().endswith(suffix):
             return target, kind
@@ -156,15 +152,6 @@ def _check_compression(given: str | None, kind: str) -> str:
     from actstore.hdf5 import chunks
 
     return chunks.check_compression("gzip" if given is None else given)
-
-
-def _check_target(target: Path) -> None:
-    if os.path.lexists(target):
-        msg = f"{target} exists, and is not overwritten; give another name, or remove it"
-        raise ArchiveError(msg)
-    if not target.parent.is_dir():
-        msg = f"there is no folder {str(target.parent)!r} for {target.name!r}; create it"
-        raise ConfigError(msg)
 
 
 @contextmanager
@@ -203,7 +190,7 @@ def _partial(target: Path) -> Iterator[Path]:
             try:
                 yield partial
                 files.fsync_file(partial)
-                _check_target(target)
+                files.check_new(target)
                 files.replace(partial, target)
             except BaseException:
                 partial.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -13,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from actstore.errors import ConfigError, MissingFileError
+from actstore.errors import ActstoreError, ArchiveError, ConfigError, MissingFileError
 
 __all__ = [
     "LockedError",
     "appearing",
     "atomic_write",
+    "check_new",
     "exchange",
     "existing",
     "free_name",
@@ -27,7 +29,9 @@ __all__ = [
     "is_locked",
     "link_or_copy",
     "lock",
+    "path_of",
     "replace",
+    "sha256",
     "take",
     "write_new",
 ]
@@ -220,21 +224,15 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def appearing(target: Path, *, folder: bool = False) -> Iterator[Path]:
+def appearing(
+    target: Path, *, folder: bool = False, taken: type[ActstoreError] = ConfigError
+) -> Iterator[Path]:
     """Give the path of a file or folder that gets its name when the context ends, whole.
 
     It lies in a hidden folder beside it until then, which is removed in any case. Files of a
-    folder are made durable.
-
-    Raises
-    ------
-    ConfigError
-        There is no folder for it, or something has that name.
+    folder are made durable. Raises as `check_new` does, at the beginning and at the end.
     """
-    if not target.parent.is_dir():
-        msg = f"there is no folder {str(target.parent)!r} for {target.name!r}; create it"
-        raise ConfigError(msg)
-    _refuse_existing(target)
+    check_new(target, taken)
     place = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
     try:
         made = place / target.name
@@ -248,13 +246,40 @@ def appearing(target: Path, *, folder: bool = False) -> Iterator[Path]:
         for path in [made, *inside] if folder else []:
             if path.is_dir():
                 fsync_folder(path)
-        _refuse_existing(target)
+        check_new(target, taken)
         replace(made, target)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _refuse_existing(target: Path) -> None:
-    if target.exists() or target.is_symlink():
+def check_new(target: Path, taken: type[ActstoreError] = ArchiveError) -> None:
+    """Refuse a name that something has, or that has no folder.
+
+    Raises
+    ------
+    ActstoreError
+        Of the class ``taken``: something has that name.
+    ConfigError
+        There is no folder for it.
+    """
+    if os.path.lexists(target):
         msg = f"{target} exists, and is not overwritten; give another name, or remove it"
+        raise taken(msg)
+    if not target.parent.is_dir():
+        msg = f"there is no folder {str(target.parent)!r} for {target.name!r}; create it"
         raise ConfigError(msg)
+
+
+def path_of(given: str | os.PathLike[str]) -> Path:
+    """Give a path; raise a `ConfigError` where something else is given."""
+    try:
+        return Path(given)
+    except TypeError:
+        msg = f"a path must be a str or a path object; got {given!r}"
+        raise ConfigError(msg) from None
+
+
+def sha256(path: Path) -> str:
+    """Give the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actstore import files
 from actstore.capture.memory import Memory
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import CaptureError, ConfigError
@@ -182,7 +182,7 @@ class InstrumentationFramework:
             raise CaptureError(msg)
         from actstore.capture.session import Capture, Options
 
-        path = _path(output_path)
+        path = files.path_of(output_path)
         options = Options(
             track_per_token,
             checkpoint_interval_tokens,
@@ -258,7 +258,7 @@ class InstrumentationFramework:
         StreamCorruptError
             It is a damaged log.
         """
-        place = _path(data_path)
+        place = files.path_of(data_path)
         if place.is_dir():
             from actstore.archive.store import read_attributes
 
@@ -296,7 +296,7 @@ def analyze_activations_with_tokens(
     """
     from actstore.stream import sidecars
 
-    place = _path(stream_path)
+    place = files.path_of(stream_path)
     found = framework.analyze_activations(place)
     if place.is_dir():
         return found
@@ -312,14 +312,6 @@ def analyze_activations_with_tokens(
         if not isinstance(reader, LegacyReader) or reader.knows_steps:
             found["per_token"] = summary.summarise_tokens(reader)
     return found
-
-
-def _path(given: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(given)
-    except TypeError:
-        msg = f"a path must be a str or a path object; got {given!r}"
-        raise ConfigError(msg) from None
 
 
 def _labels(name: str, given: Any) -> list[Any]:

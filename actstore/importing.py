@@ -104,7 +104,8 @@ def import_archive(
         There is no file; it is none of actstore's; it is one of a later version.
     """
     began = time.monotonic()
-    place, folder = files.existing(source, "import_archive"), _target(target)
+    place, folder = files.existing(source, "import_archive"), files.path_of(target)
+    files.check_new(folder)
     kind = _import_zip if place.is_file() and zipped.is_zip(place) else _import_hdf5
     if place.is_dir() or (kind is _import_hdf5 and not hdf5.is_hdf5(place)):
         msg = f"{place} is neither an .h5 nor a .zarr.zip: wanted what actstore.export made"
@@ -117,21 +118,6 @@ def import_archive(
         msg = f"{folder} could not be made of {place}: {error}; make room and do it again to go on"
         raise ArchiveError(msg) from error
     return ImportReport(folder, arrays, nbytes, chunks, resumed, time.monotonic() - began)
-
-
-def _target(given: Pathlike) -> Path:
-    try:
-        target = Path(given)
-    except TypeError:
-        msg = f"a path must be a str or a path object; got {given!r}"
-        raise ConfigError(msg) from None
-    if os.path.lexists(target):
-        msg = f"{target} exists, and is not overwritten; give another name, or remove it"
-        raise ArchiveError(msg)
-    if not target.parent.is_dir():
-        msg = f"there is no folder {str(target.parent)!r} for {target.name!r}; create it"
-        raise ConfigError(msg)
-    return target
 
 
 def _quiet(_done: int, _total: int) -> Any:

@@ -25,7 +25,7 @@ from actstore import __version__, files
 from actstore.archive import store
 from actstore.archive.alignment import CANONICAL
 from actstore.archive.coordinates import STRING, Coordinate
-from actstore.archive.names import GROUPS, STATISTICS, clean
+from actstore.archive.names import GROUPS, STATISTICS, clean, leads_out
 from actstore.archive.precision import EXACT, SCALE
 from actstore.errors import ActstoreError, ArchiveError, ConfigError
 
@@ -191,7 +191,7 @@ def _read_root(place: Path) -> dict[str, Any]:
         msg = f"the metadata of {place} is damaged: see actstore.verify, and compact again"
         raise ArchiveError(msg)
     for name in root["consolidated_metadata"]["metadata"]:
-        if not set(name.split("/")).isdisjoint(("", ".", "..")):
+        if leads_out(name):
             msg = f"{place} names something outside of itself: {name!r}; see actstore.verify"
             raise ArchiveError(msg)
     return root

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from actstore.archive import store
 from actstore.archive.adding import ADDED
+from actstore.archive.names import leads_out
 from actstore.archive.precision import SCALE
 from actstore.archive.shards import check_shard, is_sealed, shard_path
 from actstore.archive.zipped import Place
@@ -151,7 +152,7 @@ class ArchiveCheck:
     def _nodes(self, below: Mapping[str, Any]) -> Iterator[Finding]:
         """Compare each node's own metadata with what the root says of it."""
         for name, said in below.items():
-            if not set(name.split("/")).isdisjoint(("", ".", "..")):
+            if leads_out(name):
                 yield Finding("zarr.json", f"it names something outside of the archive: {name!r}")
                 continue
             place = self.folder / name / "zarr.json"

@@ -62,6 +62,11 @@ def clean(wanted: str) -> str:
     return short or "unnamed"
 
 
+def leads_out(name: str) -> bool:
+    """Whether the name of an array or a group, with slashes, is of nothing within an archive."""
+    return not set(name.split("/")).isdisjoint(("", ".", ".."))
+
+
 def plain_text(text: str) -> str:
     """Give text that UTF-8 can hold: lone surrogates become U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -16,7 +16,7 @@ from actstore import files
 from actstore.archive import store
 from actstore.archive.adding import ADDED
 from actstore.archive.coordinates import STRING, Coordinate
-from actstore.archive.names import clean
+from actstore.archive.names import clean, leads_out
 from actstore.errors import ArchiveError
 
 __all__ = ["check_names", "copy_archive"]
@@ -32,7 +32,7 @@ def check_names(folder: Path, root: Mapping[str, Any]) -> None:
     """
     below = root["consolidated_metadata"]["metadata"]
     for name in below:
-        if not set(name.split("/")).isdisjoint(("", ".", "..")) or "\\" in name:
+        if leads_out(name) or "\\" in name:
             msg = f"{folder} names something outside of itself: {name!r}; see actstore.verify"
             raise ArchiveError(msg)
     dims = {

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import actstore
-from actstore import codecs, dtypes
+from actstore import codecs, dtypes, files
 from actstore.bridges.foreign import Foreign
 from actstore.bridges.names import place_of
 from actstore.errors import ConfigError, FormatError
@@ -36,7 +36,6 @@ _JOINED_BYTES: Final = 1 << 20  # raw bytes of a block of several packets
 _JOINED_PACKETS: Final = 4096
 _MOST_PARTS: Final = (1 << 16) - 1
 _LISTED_FILES: Final = 1000
-_READ: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,17 +363,9 @@ def _files(paths: Sequence[Path]) -> dict[str, Any]:
     listed: list[dict[str, Any]] = []
     whole = hashlib.sha256()
     for path in paths:
-        name, digest = path.relative_to(root).as_posix(), _sha256(path)
+        name, digest = path.relative_to(root).as_posix(), files.sha256(path)
         nbytes = path.stat().st_size
         whole.update(f"{digest}  {nbytes}  {name}\n".encode("utf-8", "surrogateescape"))
         if len(listed) < _LISTED_FILES:
             listed.append({"name": name, "bytes": nbytes, "sha256": digest})
     return {"files": listed, "file_count": len(paths), "files_sha256": whole.hexdigest()}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_READ):
-            digest.update(data)
-    return digest.hexdigest()

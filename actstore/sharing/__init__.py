@@ -6,12 +6,9 @@ What is taken out before is ``privacy.py``'s; the words, ``card.py``'s; the JSON
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,8 +145,9 @@ def share(  # noqa: PLR0913 - each is its own choice, by name
         if data is not archive:
             shutil.rmtree(archive)
         files.write_new(folder / "README.md", [text.encode()])
-        _croissant(folder, told, tables, data)
-        count, nbytes = _manifest(folder)
+        made = {path: files.sha256(path) for path in _files(folder)}
+        _croissant(folder, told, tables, data, made)
+        count, nbytes = _manifest(folder, made)
     return Shared(Path(target), Path(target, data.name), count, nbytes, listed)
 
 
@@ -178,23 +176,11 @@ def what_leaves(source: Pathlike, *, privacy: Privacy | None = None) -> list[Lea
 @contextmanager
 def _made(target: Path) -> Iterator[Path]:
     """Give a folder that becomes the target, or is removed where that fails."""
-    if os.path.lexists(target):
-        msg = f"{target} exists, and is not overwritten; give another name, or remove it"
-        raise ArchiveError(msg)
-    if not target.absolute().parent.is_dir():
-        msg = f"there is no folder {str(target.parent)!r} for {target.name!r}; create it"
-        raise ConfigError(msg)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-    folder.chmod(0o755)
     try:
-        yield folder
-        for path in sorted(folder.rglob("*")):
-            (files.fsync_folder if path.is_dir() else files.fsync_file)(path)
-        files.fsync_folder(folder)
-        files.replace(folder, target)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not isinstance(error, OSError) or isinstance(error, ActstoreError):
+        with files.appearing(target, folder=True, taken=ArchiveError) as folder:
+            yield folder
+    except OSError as error:
+        if isinstance(error, ActstoreError):
             raise
         msg = f"{target} could not be made: {error}; nothing was kept of it"
         raise ArchiveError(msg) from error
@@ -267,7 +253,17 @@ def _table(folder: Path, name: str, columns: Mapping[str, Any], description: str
     return Table(name, f"{name}.json", kinds, description)
 
 
-def _croissant(folder: Path, about: About, tables: Sequence[Table], data: Path) -> None:
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _croissant(
+    folder: Path,
+    about: About,
+    tables: Sequence[Table],
+    data: Path,
+    hashes: Mapping[Path, str],
+) -> None:
     described = {one.file: one.description for one in tables}
     described |= {"README.md": "The data card.", data.name: "The archive."}
     resources = [
@@ -275,11 +271,11 @@ def _croissant(folder: Path, about: About, tables: Sequence[Table], data: Path) 
             path.name,
             _ENCODINGS[path.suffix],
             path.stat().st_size,
-            _sha256(path),
+            digest,
             described[path.name],
         )
-        for path in sorted(folder.iterdir())
-        if path.is_file()
+        for path, digest in hashes.items()
+        if path.parent == folder
     ]
     whole = data.name if data.is_dir() else None
     said = describe(about, resources, tables, datetime.now(UTC).date().isoformat(), whole)
@@ -287,10 +283,13 @@ def _croissant(folder: Path, about: About, tables: Sequence[Table], data: Path) 
     files.write_new(folder / "croissant.json", [text.encode()])
 
 
-def _manifest(folder: Path) -> tuple[int, int]:
+def _manifest(folder: Path, hashes: Mapping[Path, str]) -> tuple[int, int]:
     """Write the hash of every file, as ``sha256sum`` has it; give their number and bytes."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
+    paths = _files(folder)
+    lines = [
+        f"{hashes.get(path) or files.sha256(path)}  {path.relative_to(folder).as_posix()}\n"
+        for path in paths
+    ]
     files.write_new(folder / MANIFEST, ["".join(lines).encode()])
     return len(paths), sum(path.stat().st_size for path in paths)
 
@@ -309,9 +308,4 @@ def _identity(given: Pathlike | None, *, weights: bool) -> dict[str, str]:
     found = [folder / name for name in _IDENTITY if (folder / name).is_file()]
     if weights:
         found += [one for one in sorted(folder.iterdir()) if one.suffix in _WEIGHTS]
-    return {path.name: _sha256(path) for path in found}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.name: files.sha256(path) for path in found}
