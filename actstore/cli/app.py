@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from actstore.cli import exchange, plotting
+from actstore.cli import exchange, plotting, serving
 from actstore.cli.common import (
     Codec,
     Dim,
@@ -32,7 +32,7 @@ __all__ = ["app"]
 #: As ``--help`` lists them.
 _ORDER: Final = (
     *("capture", "info", "ls", "tokens", "stats", "plot", "verify", "recover"),
-    *("compact", "append", "export", "import", "share", "report", "bench"),
+    *("compact", "append", "export", "import", "share", "report", "serve", "bench"),
 )
 
 # -- capture --------------------------------------------------------------------------------------
@@ -371,5 +371,5 @@ def _version(
         raise typer.Exit
 
 
-assert exchange and plotting  # noqa: S101, PT018 - their commands are registered
+assert exchange and plotting and serving  # noqa: S101, PT018 - their commands are registered
 app.registered_commands.sort(key=lambda one: _ORDER.index(str(one.name)))

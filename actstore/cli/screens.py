@@ -37,6 +37,7 @@ __all__ = [
     "measured",
     "overview_screen",
     "recovered",
+    "served",
     "shared",
     "statistics",
     "tokens_screen",
@@ -418,6 +419,11 @@ def leaving(console: Console, found: Sequence[Any]) -> Table:
 def page_written(path: Any, nbytes: int) -> Table:
     """Show where a page is."""
     return facts([("page", str(path)), ("bytes", size(nbytes))])
+
+
+def served(path: Any, address: str) -> Group:
+    """Show where a page is served; the address on a line of its own."""
+    return lines(f"serving {path}; Ctrl-C ends it", address)
 
 
 def shared(console: Console, found: Any) -> Group:

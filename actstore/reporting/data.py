@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -20,13 +20,13 @@ from actstore.accessor import token_axes
 from actstore.archive import zipped
 from actstore.dataset import open_dataset
 from actstore.errors import ActstoreWarning, StreamCorruptError
-from actstore.reporting.values import QUANTILES, Limits, described, finite
+from actstore.reporting.values import QUANTILES, finite
 from actstore.sharing.card import hook_point, model_identity
 from actstore.stream import summary
 from actstore.stream.reader import open_stream
 from actstore.verification import verify
 
-__all__ = ["of_dataset", "of_path"]
+__all__ = ["Describe", "of_dataset", "of_path"]
 
 _DAMAGES: Final = 50
 _LINES: Final = 400  # of a table
@@ -39,15 +39,19 @@ _CAUSES: Final = {
 }
 
 
-def of_path(source: str | os.PathLike[str], limits: Limits, *, check: bool) -> dict[str, Any]:
+#: Says what is shown of the values: ``variables``, ``strips`` and ``notes``, as JSON has them.
+Describe = Callable[[xr.Dataset], dict[str, Any]]
+
+
+def of_path(source: str | os.PathLike[str], describe: Describe, *, check: bool) -> dict[str, Any]:
     """Say what is on the page of a log or an archive.
 
     Parameters
     ----------
     source : path
         A log, an archive's folder, ``.zarr.zip`` or ``.h5``.
-    limits : Limits
-        How much of its values.
+    describe : function
+        Says what is shown of the values.
     check : bool
         Whether every checksum is looked at.
 
@@ -71,11 +75,11 @@ def of_path(source: str | os.PathLike[str], limits: Limits, *, check: bool) -> d
     except StreamCorruptError as error:
         if place.is_dir():
             raise
-        said = _said(xr.Dataset(), name, limits)
+        said = _said(xr.Dataset(), name, describe)
         said["notes"] = [f"The log is damaged, so that its values are not shown: {error}"[:500]]
     else:
         with dataset:
-            said = _said(dataset, name, limits)
+            said = _said(dataset, name, describe)
     if not (place.is_dir() or zipped.is_zip(place) or hdf5.is_hdf5(place)):
         with open_stream(place, errors="skip") as reader:
             analysis = summary.summarise(reader)
@@ -90,13 +94,13 @@ def of_path(source: str | os.PathLike[str], limits: Limits, *, check: bool) -> d
     return said
 
 
-def of_dataset(dataset: xr.Dataset, limits: Limits, name: str = "dataset") -> dict[str, Any]:
+def of_dataset(dataset: xr.Dataset, describe: Describe, name: str = "dataset") -> dict[str, Any]:
     """Say what is on the page of a dataset, from itself alone; as `of_path`."""
-    said = _said(dataset, name, limits)
+    said = _said(dataset, name, describe)
     return said | {"health": _unchecked()}
 
 
-def _said(dataset: xr.Dataset, name: str, limits: Limits) -> dict[str, Any]:
+def _said(dataset: xr.Dataset, name: str, describe: Describe) -> dict[str, Any]:
     attributes = dataset.attrs
     analysis = attributes.get("analysis")
     said: dict[str, Any] = {
@@ -114,7 +118,7 @@ def _said(dataset: xr.Dataset, name: str, limits: Limits) -> dict[str, Any]:
     said |= _of_analysis(analysis if isinstance(analysis, Mapping) else {})
     runs = attributes.get("runs")
     said |= _of_runs(runs if isinstance(runs, list | tuple) else [])
-    said |= described(dataset, limits)
+    said |= describe(dataset)
     if len(dataset.data_vars) > _LINES:
         said["notes"].append(f"{len(dataset.data_vars)} arrays: the first {_LINES} are listed")
     return said

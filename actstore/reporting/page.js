@@ -68,8 +68,9 @@
   // -- what is selected -------------------------------------------------------------------------
 
   const variables = data.variables;
-  const onStrip = (one) => one.norms && one.norms.length && data.strips[one.dim] && data.strips[one.dim].count > 0;
-  const state = { variable: 0, layer: 0, by: "norm", token: 0 };
+  const served = data.served || null; // then values come when they are asked for
+  const onStrip = (one) => Boolean(one.norms && one.norms.length && data.strips[one.dim] && data.strips[one.dim].count > 0);
+  const state = { variable: 0, layer: 0, by: "norm", token: 0, number: 0 };
   const variable = () => variables[state.variable];
   const strip = () => data.strips[variable().dim];
   const depth = (one) => Math.max((one.norms || []).length, (one.quantiles || []).length, 1);
@@ -79,11 +80,17 @@
     const one = variable();
     if (!onStrip(one)) return null;
     if (state.by === "norm") return one.norms[state.layer];
-    const found = one.features[state.layer][Number(state.by)];
+    if (state.by === "any") return one.any && one.any.key === `${state.layer}:${state.number}` ? one.any.values : null;
+    const found = (one.features[state.layer] || [])[Number(state.by)];
     return found ? found.values : null;
   };
-  const byName = () => state.by === "norm" ? "norm"
-    : "feature " + variable().features[state.layer][Number(state.by)].feature;
+  const byName = () => {
+    if (state.by === "norm") return "norm";
+    if (state.by === "any") return `feature ${state.number}`;
+    const found = (variable().features[state.layer] || [])[Number(state.by)];
+    return found ? `feature ${found.feature}` : "feature";
+  };
+  const absent = () => served ? "not loaded" : "no value";
   const range = () => {
     const one = variable();
     if (state.by === "norm" && $("scale").value === "all") return span(one.norms.flat());
@@ -138,7 +145,7 @@
   const where = () => variable().layers.length ? `layer ${layerName(variable(), state.layer)}` : variable().name;
   const valueText = (place) => {
     const values = series();
-    return values ? `${byName()} ${number(values[place])}` : "no value";
+    return values ? `${byName()} ${number(values[place])}` : absent();
   };
 
   const buildStrip = () => {
@@ -191,7 +198,8 @@
   };
   const tellToken = () => {
     const list = make("dl");
-    const pairs = [...about(state.token), [`${byName()}, ${where()}`, number((series() || [])[state.token])]];
+    const values = series();
+    const pairs = [...about(state.token), [`${byName()}, ${where()}`, values ? number(values[state.token]) : absent()]];
     for (const [name, value] of pairs) {
       const cell = make("div");
       cell.append(make("dt", {}, name), make("dd", { dir: "auto" }, value));
@@ -267,7 +275,7 @@
   const map = $("map");
   const cells = () => {
     const one = variable();
-    return onStrip(one) ? [one.norms[0].length, one.norms.length] : [0, 0];
+    return onStrip(one) ? [strip().count, one.norms.length] : [0, 0];
   };
   const paintMap = () => {
     const [columns, rows] = cells();
@@ -284,7 +292,7 @@
     const mine = span(variable().norms.flat());
     const none = getComputedStyle(document.documentElement).getPropertyValue("--missing");
     const gap = wide > 6 ? 1 : 0;
-    variable().norms.forEach((values, layer) => values.forEach((value, token) => {
+    variable().norms.forEach((values, layer) => (values || new Array(columns).fill(null)).forEach((value, token) => {
       context.fillStyle = value === null || !mine ? none : css(colour(share(value, mine)));
       const left = Math.round(token * wide), top = Math.round((rows - 1 - layer) * high);
       context.fillRect(left, top, Math.round((token + 1) * wide) - left - gap, Math.round((rows - layer) * high) - top - gap);
@@ -303,7 +311,8 @@
     return [at((event.clientX - box.left) / box.width, columns), rows - 1 - at((event.clientY - box.top) / box.height, rows)];
   };
   const tellCell = (token, layer, box) => {
-    const value = number(variable().norms[layer][token]);
+    const values = variable().norms[layer];
+    const value = values ? number(values[token]) : absent();
     showTip(`${called(token)}\nnorm ${value}, layer ${layerName(variable(), layer)}`, box);
   };
   map.addEventListener("mousemove", (event) => {
@@ -474,7 +483,8 @@
     updates = [];
     for (const old of document.querySelectorAll("#charts ~ details")) old.remove();
     if (!one.quantiles || !one.quantiles.length) {
-      $("layers-of").textContent = `${one.name}: no values were read.`;
+      const waits = served && !one.sample && !one.cut;
+      $("layers-of").textContent = waits ? `${one.name}: a sample is being read…` : `${one.name}: no values were read.`;
       return;
     }
     const quantile = data.probabilities.map((_, index) => one.quantiles.map((layer) => layer[index]));
@@ -506,10 +516,14 @@
     const before = state.by;
     by.textContent = "";
     by.append(make("option", { value: "norm" }, "norm"));
-    ((one.features || [])[state.layer] || []).forEach((feature, index) =>
+    const tops = (one.features || [])[state.layer];
+    (tops || []).forEach((feature, index) =>
       by.append(make("option", { value: String(index) }, `feature ${feature.feature}`)));
+    if (served && !tops && /^[0-9]+$/.test(before)) by.append(make("option", { value: before }, "feature …"));
+    if (served && one.width > 1) by.append(make("option", { value: "any" }, "a feature by its number"));
     state.by = [...by.options].some((option) => option.value === before) ? before : "norm";
     by.value = state.by;
+    $("number-field").hidden = state.by !== "any";
   };
   const tellLayer = () => {
     const one = variable();
@@ -522,7 +536,9 @@
   const paint = () => {
     if (!onStrip(variable())) return;
     $("scale").disabled = state.by !== "norm" || variable().norms.length < 2;
-    paintStrip();
+    const waits = served && !series();
+    tokens.setAttribute("aria-busy", String(Boolean(waits)));
+    if (!waits) paintStrip(); // until then it keeps the colours that it had
     tellToken();
     paintMap();
   };
@@ -532,6 +548,7 @@
     fillBy();
     paint();
     updates.forEach((update) => update());
+    askValues();
   };
   const selectVariable = (index) => {
     state.variable = index;
@@ -549,6 +566,145 @@
     if (shown) { buildStrip(); markToken(); }
     buildCharts();
     selectLayer(state.layer);
+    if (served) askVariable();
+  };
+
+  // -- what a served page asks for --------------------------------------------------------------
+
+  const server = served && fetched((waits, failed, again) => {
+    $("explore").setAttribute("aria-busy", String(waits));
+    clearTimeout(server.due);
+    if (waits) server.due = setTimeout(() => { $("asking").textContent = "Loading…"; }, 150);
+    else $("asking").textContent = "";
+    $("failed").hidden = !failed;
+    $("failed-why").textContent = failed || "";
+    $("again").onclick = again;
+  });
+  const window_ = () => {
+    const { sequence, first } = served.axes[variable().dim];
+    return { sequence, first, count: served.tokens };
+  };
+  const asksFor = (one) => ({ variable: one.name, ...window_() });
+  const forget = (dim) => {
+    for (const one of variables.filter((other) => other.dim === dim)) {
+      one.norms = one.cut ? [] : new Array(Math.max(one.layers.length, 1)).fill(null);
+      one.features = one.norms.map(() => null);
+      one.any = null;
+    }
+    shownStrip = null;
+  };
+  const askValues = () => {
+    const one = variable();
+    if (!served || !onStrip(one) || (state.by === "any" ? series() : one.features[state.layer])) return;
+    const layer = state.layer, wanted = state.number;
+    if (state.by === "any") {
+      server.ask("values", "feature", { ...asksFor(one), layer, feature: wanted }, (said) => {
+        one.any = { key: `${layer}:${wanted}`, values: said.values };
+        if (one === variable()) paint();
+      });
+    } else {
+      server.ask("values", "layer", { ...asksFor(one), layer }, (said) => {
+        one.norms[layer] = said.norms;
+        one.features[layer] = said.features;
+        if (one !== variable() || layer !== state.layer) return;
+        fillBy();
+        paint();
+        if (!one.norms.some((values) => !values)) return;
+        askMap(one);
+      });
+    }
+  };
+  // the norms of the other layers, some at a time, those next to the chosen one first
+  const askMap = (one) => {
+    const left = one.norms.map((values, layer) => values ? null : layer).filter((layer) => layer !== null);
+    if (one !== variable() || !left.length) return;
+    const nearest = left.reduce((best, layer) => Math.abs(layer - state.layer) < Math.abs(best - state.layer) ? layer : best);
+    let layer = nearest, layers = 1;
+    while (layers < one.together && layer + layers < one.norms.length && !one.norms[layer + layers]) layers += 1;
+    while (layers < one.together && layer > 0 && !one.norms[layer - 1]) { layer -= 1; layers += 1; }
+    server.ask("map", "norms", { ...asksFor(one), layer, layers }, (said) => {
+      said.norms.forEach((values, place) => { one.norms[layer + place] = values; });
+      if (one !== variable()) return;
+      if ($("scale").value === "all" || !series()) paint();
+      else paintMap();
+      askMap(one);
+    });
+  };
+  const askVariable = () => {
+    const one = variable();
+    server.stop("map");
+    $("number").min = one.least;
+    $("number").max = one.most;
+    $("number-of").textContent = `from ${one.least} to ${one.most}`;
+    if (!one.sample && !one.cut) {
+      server.ask("distribution", "distribution", { variable: one.name }, (said) => {
+        Object.assign(one, said);
+        if (one === variable()) { buildCharts(); updates.forEach((update) => update()); }
+      });
+    }
+    if (!data.strips[one.dim]) askTokens();
+    else tellSequence();
+    if (onStrip(one) && one.norms.some((values) => !values) && series()) askMap(one);
+  };
+  const askTokens = () => {
+    const dim = variable().dim;
+    if (!served.axes[dim].sequences || variable().cut) { tellSequence(); return; }
+    server.ask("tokens", "tokens", { axis: dim, ...window_() }, (said) => {
+      data.strips[dim] = said;
+      forget(dim);
+      if (dim !== variable().dim) return;
+      state.token = 0;
+      selectVariable(state.variable);
+    });
+  };
+  const tellSequence = () => {
+    const axis = served.axes[variable().dim], mine = strip();
+    $("asked").hidden = !mine;
+    if (!mine) return;
+    const { pass, item, passes, tokens: of } = mine.about;
+    $("sequence").max = axis.sequences - 1;
+    $("sequence").value = axis.sequence;
+    $("sequence-of").textContent = `of ${axis.sequences.toLocaleString("en")}, from 0`;
+    $("sequence-back").disabled = axis.sequence <= 0;
+    $("sequence-on").disabled = axis.sequence >= axis.sequences - 1;
+    const told = `${of.toLocaleString("en")} token${of === 1 ? "" : "s"}`;
+    $("sequence-is").textContent = pass < 0 ? told
+      : `${told}, batch item ${item}, ${passes > 1 ? `${passes.toLocaleString("en")} passes from ${pass} on` : `pass ${pass}`}`;
+    $("from-field").hidden = of <= served.tokens && !axis.first;
+    $("from").max = of - 1;
+    $("from").value = axis.first;
+    $("from-of").textContent = `of ${of.toLocaleString("en")}`;
+    $("from-back").disabled = axis.first <= 0;
+    $("from-on").disabled = axis.first + served.tokens >= of;
+  };
+  const goTo = (sequence, first) => {
+    const axis = served.axes[variable().dim];
+    const within = (value, most) => Math.max(0, Math.min(Math.floor(value) || 0, most));
+    const other = within(sequence, axis.sequences - 1);
+    axis.first = other === axis.sequence ? within(first, strip().about.tokens - 1) : 0;
+    axis.sequence = other;
+    server.stop("map");
+    askTokens();
+  };
+  const listen = () => {
+    $("asking").hidden = false;
+    for (const dim of Object.keys(served.axes)) forget(dim);
+    const axis = () => served.axes[variable().dim];
+    for (const [id, event, go] of [
+      ["sequence", "change", () => goTo(Number($("sequence").value), 0)],
+      ["sequence-back", "click", () => goTo(axis().sequence - 1, 0)],
+      ["sequence-on", "click", () => goTo(axis().sequence + 1, 0)],
+      ["from", "change", () => goTo(axis().sequence, Number($("from").value))],
+      ["from-back", "click", () => goTo(axis().sequence, axis().first - served.tokens)],
+      ["from-on", "click", () => goTo(axis().sequence, axis().first + served.tokens)],
+      ["number", "change", () => {
+        const one = variable();
+        state.number = Math.max(one.least, Math.min(Math.floor(Number($("number").value)) || 0, one.most));
+        $("number").value = state.number;
+        paint();
+        askValues();
+      }],
+    ]) $(id).addEventListener(event, go);
   };
 
   if (variables.length) {
@@ -556,9 +712,15 @@
     variables.forEach((one, index) => $("variable").append(make("option", { value: index }, one.name)));
     $("variable").addEventListener("change", (event) => selectVariable(Number(event.target.value)));
     slider.addEventListener("input", () => selectLayer(Number(slider.value)));
-    $("by").addEventListener("change", (event) => { state.by = event.target.value; paint(); });
+    $("by").addEventListener("change", (event) => {
+      state.by = event.target.value;
+      $("number-field").hidden = state.by !== "any";
+      paint();
+      askValues();
+    });
     $("scale").addEventListener("change", paint);
     paintLegend();
+    if (served) listen();
     state.layer = Math.floor(depth(variables[0]) / 2);
     selectVariable(0);
     let width = document.documentElement.clientWidth, due = 0;

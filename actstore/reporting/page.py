@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any, Final
@@ -23,9 +23,9 @@ from actstore.errors import ConfigError
 from actstore.files import atomic_write
 from actstore.markup import Page, amount, attribute, bytes_of, escape, facts, table
 from actstore.reporting import data
-from actstore.reporting.values import SAMPLE_VALUES, Limits
+from actstore.reporting.values import SAMPLE_VALUES, Limits, described
 
-__all__ = ["Page", "explore", "report"]
+__all__ = ["Page", "explore", "report", "served_page"]
 
 LIMIT_BYTES: Final = 5_000_000
 _MAX_TOKENS: Final = 400
@@ -79,12 +79,12 @@ def report(
         There is no such sequence, an option is none, or ``target`` is a folder, a log or an
         archive.
     """
-    limits = Limits(max_tokens, sequence, max_memory_gb)
+    describe = partial(described, limits=Limits(max_tokens, sequence, max_memory_gb))
     path = _target(target)
     if isinstance(source, xr.Dataset):
-        said = data.of_dataset(source, limits)
+        said = data.of_dataset(source, describe)
     else:
-        said = data.of_path(source, limits, check=verify)
+        said = data.of_path(source, describe, check=verify)
     atomic_write(path, _page(said).html.encode("utf-8", "backslashreplace"))
     return path
 
@@ -118,9 +118,26 @@ def explore(
     if not isinstance(dataset, xr.Dataset):
         msg = f"explore wants an xarray.Dataset, as open_dataset gives it; got {type(dataset)!r}"
         raise ConfigError(msg)
-    limits = Limits(max_tokens, sequence, max_memory_gb)
+    describe = partial(described, limits=Limits(max_tokens, sequence, max_memory_gb))
     where = Path(str(dataset.encoding.get("source", "dataset"))).name
-    return _page(data.of_dataset(dataset, limits, where))
+    return _page(data.of_dataset(dataset, describe, where))
+
+
+def served_page(said: dict[str, Any]) -> tuple[str, str]:
+    """Give the page of what a server says more of, when it is asked.
+
+    Parameters
+    ----------
+    said : dict
+        As of `data.of_path`, and ``served``: what the page has to know to ask.
+
+    Returns
+    -------
+    html : str
+    policy : str
+        The content security policy that it is under.
+    """
+    return _page(said).html, _policy(said)
 
 
 def _target(given: str | os.PathLike[str]) -> Path:
@@ -175,14 +192,14 @@ def _shrink(said: dict[str, Any]) -> bool:
 
 
 def _html(said: Mapping[str, Any]) -> str:
-    style, script = _part("page.css"), _part("page.js")
-    shown = ("variables", "strips", "probabilities")
+    style, script = _part("page.css"), _script(said)
+    shown = ("variables", "strips", "probabilities", *(("served",) if "served" in said else ()))
     return _filled(
         _part("page.html"),
         {
             "TITLE": escape(said["title"]),
-            "STYLE_HASH": _hash(style),
-            "SCRIPT_HASH": _hash(script),
+            "POLICY": _policy(said),
+            "KIND": "served" if "served" in said else "report",
             "STYLE": style,
             "SCRIPT": script,
             "LEAD": _lead(said),
@@ -196,6 +213,19 @@ def _html(said: Mapping[str, Any]) -> str:
             "NOTES": _notes(said),
             "DATA": _json({name: said[name] for name in shown}),
         },
+    )
+
+
+def _script(said: Mapping[str, Any]) -> str:
+    return (_part("fetched.js") if "served" in said else "") + _part("page.js")
+
+
+def _policy(said: Mapping[str, Any]) -> str:
+    """Let the page's own script and style run; a served one may ask its own server."""
+    asks = "; connect-src 'self'" if "served" in said else ""
+    return (
+        f"default-src 'none'; script-src '{_hash(_script(said))}'; "
+        f"style-src '{_hash(_part('page.css'))}'{asks}; base-uri 'none'; form-action 'none'"
     )
 
 

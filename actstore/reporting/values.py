@@ -21,8 +21,27 @@ from actstore.analysis.moments import cosines, row_squares
 from actstore.analysis.sketch import every
 from actstore.analysis.source import Source, flat, source_of
 from actstore.errors import ActstoreError, ConfigError
+from actstore.reporting.sequences import Sequences
 
-__all__ = ["QUANTILES", "SAMPLE_VALUES", "Limits", "described", "finite"]
+__all__ = [
+    "FAULTS",
+    "QUANTILES",
+    "SAMPLE_VALUES",
+    "Found",
+    "Limits",
+    "about",
+    "begin_of",
+    "described",
+    "feature_labels",
+    "finite",
+    "label_of",
+    "labels_of",
+    "no_sequence",
+    "on_strip",
+    "runs_of",
+    "sampled",
+    "shown_sources",
+]
 
 Floats = NDArray[np.float64]
 
@@ -45,7 +64,7 @@ _COPIES: Final = 8
 _WHY: Final = "since none differs in the sequence, or a row is too wide for max_memory_gb"
 _OWN: Final = ("token_text", "token_id", "position", "step", "is_padding", "pass_index")
 #: What reading damaged or odd files may raise.
-_FAULTS: Final = (ActstoreError, OSError, ValueError, RuntimeError, TypeError, IndexError)
+FAULTS: Final = (ActstoreError, OSError, ValueError, RuntimeError, TypeError, IndexError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +106,8 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 @dataclass(slots=True)
-class _Found:
-    """What is being put together."""
+class Found:
+    """What is being put together: variables, strips by their axis, and what was left out."""
 
     variables: list[dict[str, Any]] = field(default_factory=list)
     strips: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -127,35 +146,35 @@ def described(dataset: xr.Dataset, limits: Limits) -> dict[str, Any]:
     ConfigError
         There is no such sequence.
     """
-    found = _Found()
-    sources = _sources(dataset, found)
+    found = Found()
+    sources = shown_sources(dataset, found)
     share = _SAMPLE_BYTES // max(len(sources), 1)
     for source in sources:
-        found.variables.append(_about(source))
+        found.variables.append(about(source))
     axes = token_axes(dataset)
     shown = [one for dim, one in axes.items() if not sources or dim in {s.dim for s in sources}]
     rows = {axis.dim: _sequence(axis, limits, found) for axis in shown}
     if shown and limits.sequence is not None and not any(one.size for one in rows.values()):
-        raise ConfigError(_no_sequence(shown[0], *limits.sequence))
+        raise ConfigError(no_sequence(shown[0], *limits.sequence))
     rows, features = _fitting(sources, rows, found)
     for source, said in zip(sources, found.variables, strict=True):
         try:
             with np.errstate(all="ignore"):  # values are any, NaNs that signal among them
-                said |= _sampled(source, share, limits)
+                said |= sampled(source, share, limits)
                 if rows[source.dim].size and not said["cut"]:
-                    said |= _on_strip(source, rows[source.dim], features, limits)
+                    said |= on_strip(source, rows[source.dim], features, limits)
             if features and "features" in said and not any(said["features"]) and source.width > 1:
                 found.notes.append(f"{source.name}: no features are shown, {_WHY}")
-        except _FAULTS as error:
+        except FAULTS as error:
             found.notes.append(f"{source.name}: its values can't be read: {error}"[:500])
-    found.strips = {dim: _tokens(axes[dim], mine, found) for dim, mine in rows.items()}
+    found.strips = {dim: labels_of(axes[dim], mine, found) for dim, mine in rows.items()}
     return {"variables": found.variables, "strips": found.strips, "notes": found.notes}
 
 
 # -- which ----------------------------------------------------------------------------------------
 
 
-def _sources(dataset: xr.Dataset, found: _Found) -> list[Source]:
+def shown_sources(dataset: xr.Dataset, found: Found) -> list[Source]:
     """Give the variables that are shown, those first that are known."""
     axes, sources = token_axes(dataset), []
     for name, array in dataset.data_vars.items():
@@ -185,7 +204,8 @@ def _rank(source: Source) -> int:
     return _FIRST.index(site) if site in _FIRST else len(_FIRST)
 
 
-def _about(source: Source) -> dict[str, Any]:
+def about(source: Source) -> dict[str, Any]:
+    """Say what a variable is called, and its layers."""
     labels: list[int | str] = []
     if source.layer_dims:
         known = source.array.coords.get("layer")
@@ -206,9 +226,8 @@ def _about(source: Source) -> dict[str, Any]:
 # -- the sample -----------------------------------------------------------------------------------
 
 
-def _runs(source: Source, share: int, limits: Limits) -> list[slice]:
-    """Give runs of rows, spread evenly, of about so many bytes over all layers."""
-    total = source.rows
+def runs_of(source: Source, total: int, share: int, limits: Limits) -> list[slice]:
+    """Give runs of so many rows, spread evenly, of about so many bytes over all layers."""
     each = source.row_bytes * min(len(source.places), _LAYERS)
     held = int(limits.max_memory_gb * 1e9) // (_COPIES * max(source.width, 1) * 8)
     wanted = max(min(share // max(each, 1), held, _MOST_ROWS), 1)
@@ -220,9 +239,9 @@ def _runs(source: Source, share: int, limits: Limits) -> list[slice]:
     return [slice(int(first), int(first) + length) for first in starts]
 
 
-def _sampled(source: Source, share: int, limits: Limits) -> dict[str, Any]:
+def sampled(source: Source, share: int, limits: Limits) -> dict[str, Any]:
     """Say how the values of the layers of a variable are distributed in the sample."""
-    runs = _runs(source, share, limits)
+    runs = runs_of(source, source.rows, share, limits)
     if source.width == 0 or source.rows == 0 or not source.places:
         return {"sample": {"rows": 0, "of": source.rows}}
     keep = np.concatenate([source.keep[:, run] for run in runs], axis=1)
@@ -278,49 +297,34 @@ def _mean(values: NDArray[Any]) -> Any:
 # -- the strip ------------------------------------------------------------------------------------
 
 
-def _sequence(axis: TokenAxis, limits: Limits, found: _Found) -> NDArray[np.int64]:
+def _sequence(axis: TokenAxis, limits: Limits, found: Found) -> NDArray[np.int64]:
     """Give the rows of a strip: one batch item, through the passes while positions go on."""
-    if not axis.rows:
+    known = Sequences.of(axis)
+    begun = begin_of(known, limits.sequence)
+    if begun is None:
+        if axis.rows and not len(known):
+            found.notes.append(f"{axis.dim}: all rows are padding, no sequence is shown")
         return np.zeros(0, np.int64)
-    names = ("pass_index", "batch_item", "position")
-    if any(one not in axis for one in names):
-        return np.arange(min(axis.rows, limits.max_tokens))
-    passes, items, positions = (axis.label(one).to_numpy() for one in names)
-    run = axis.label("run").to_numpy() if axis.run else np.zeros(axis.rows, np.int64)
-    real = np.ones(axis.rows, np.bool_)
-    if "is_padding" in axis:
-        real = ~axis.label("is_padding").to_numpy().astype(np.bool_)
-    order = np.lexsort((passes, items, run))
-    order = order[real[order]]
-    if not order.size:
-        found.notes.append(f"{axis.dim}: all rows are padding, no sequence is shown")
-        return order
-    cut = np.zeros(order.size, np.bool_)
-    cut[0] = True
-    for column in (run, items):
-        cut[1:] |= np.diff(column[order]) != 0
-    cut[1:] |= np.diff(positions[order]) != 1
-    starts = np.flatnonzero(cut)
-    ends = np.append(starts[1:], order.size)
-    if limits.sequence is None:
-        which = int(np.argmax(ends - starts))
-        first, last = int(starts[which]), int(ends[which])
-    else:
-        index, item = limits.sequence
-        here = np.flatnonzero((passes[order] == index) & (items[order] == item))
-        if not here.size:
-            return here
-        first = int(here[0])
-        last = int(ends[np.searchsorted(starts, first, side="right") - 1])
-    if last - first > limits.max_tokens:
+    number, first = begun
+    rows = known.tokens(number) - first
+    if rows > limits.max_tokens:
         found.notes.append(
-            f"{axis.dim}: the sequence has {last - first:,} tokens, the first "
-            f"{limits.max_tokens:,} are shown"
+            f"{axis.dim}: the sequence has {rows:,} tokens, the first {limits.max_tokens:,} are "
+            "shown"
         )
-    return order[first : min(last, first + limits.max_tokens)]
+    return known.rows(number, first, limits.max_tokens)
 
 
-def _no_sequence(axis: TokenAxis, index: int, item: int) -> str:
+def begin_of(known: Sequences, wanted: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Give the sequence that is shown first, and the place in it; None if there is none."""
+    if wanted is not None:
+        return known.find(*wanted)
+    longest = known.longest()
+    return None if longest is None else (longest, 0)
+
+
+def no_sequence(axis: TokenAxis, index: int, item: int) -> str:
+    """Say that a pass has no such item, and which there are."""
     if not axis.rows or "pass_index" not in axis or "batch_item" not in axis:
         return f"there are no rows of pass {index}, batch item {item} on {axis.dim!r}"
     passes, items = axis.label("pass_index"), axis.label("batch_item")
@@ -331,7 +335,7 @@ def _no_sequence(axis: TokenAxis, index: int, item: int) -> str:
 
 
 def _fitting(
-    sources: list[Source], rows: Mapping[str, NDArray[np.int64]], found: _Found
+    sources: list[Source], rows: Mapping[str, NDArray[np.int64]], found: Found
 ) -> tuple[dict[str, NDArray[np.int64]], int]:
     """Cut tokens, variables and features so that little is read, and the page stays small.
 
@@ -371,16 +375,13 @@ def _fitting(
     return shown, features
 
 
-def _on_strip(
+def on_strip(
     source: Source, rows: NDArray[np.int64], features: int, limits: Limits
 ) -> dict[str, Any]:
     """Give the norms of the rows of a strip in each layer, and the features that differ most."""
     held = int(limits.max_memory_gb * 1e9) // (_COPIES * max(source.width, 1) * 8)
     norms, tops = [], []
-    dim = source.trailing[0] if len(source.trailing) == 1 else None
-    labels = np.arange(source.width)
-    if dim is not None and dim in source.array.coords:
-        labels = source.array[dim].values
+    labels = feature_labels(source)
     for number, place in enumerate(source.places[:_LAYERS]):
         keep = source.keep[number, rows]
         mine = np.full(rows.size, np.nan)
@@ -394,10 +395,18 @@ def _on_strip(
         values = np.concatenate(blocks).astype(np.float64)
         values[~keep] = np.nan
         tops.append([
-            {"feature": _label(labels[column]), "values": finite(values[:, column])}
+            {"feature": label_of(labels[column]), "values": finite(values[:, column])}
             for column in _differing(values, features)
         ])  # fmt: skip
     return {"norms": norms, "features": tops}
+
+
+def feature_labels(source: Source) -> NDArray[Any]:
+    """Give what the features of a variable are called: their places, where nothing says it."""
+    dim = source.trailing[0] if len(source.trailing) == 1 else None
+    if dim is not None and dim in source.array.coords:
+        return np.asarray(source.array[dim].values)
+    return np.arange(source.width)
 
 
 def _pieces(rows: NDArray[np.int64], most: int) -> Iterator[slice]:
@@ -417,12 +426,13 @@ def _differing(values: Floats, count: int) -> list[int]:
     return [int(one) for one in order if spread[one] > 0]
 
 
-def _label(value: Any) -> Any:
+def label_of(value: Any) -> Any:
+    """Give a label as JSON has it: an int, or a short text."""
     found = value.item() if hasattr(value, "item") else value
     return found if isinstance(found, int) else str(found)[:_TEXT]
 
 
-def _tokens(axis: TokenAxis, rows: NDArray[np.int64], found: _Found) -> dict[str, Any]:
+def labels_of(axis: TokenAxis, rows: NDArray[np.int64], found: Found) -> dict[str, Any]:
     """Give what is known of the tokens of a strip, by columns."""
     said: dict[str, Any] = {"count": int(rows.size), "row": rows.tolist(), "labels": {}}
     others = []

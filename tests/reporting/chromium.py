@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import unquote
 
 __all__ = ["NAMES", "Chromium", "found"]
 
@@ -45,6 +46,7 @@ class Chromium:
         self._stack = ExitStack()
         self._number = 0
         self._rest = b""
+        self._allowed = "file:"
 
     def __enter__(self) -> Self:
         program = found()
@@ -93,8 +95,8 @@ class Chromium:
         os.close(self._from)
         self._stack.close()
 
-    def open(self, page: Path, *, width: int, dark: bool = False, height: int = 900) -> None:
-        """Open a file in a window of that width."""
+    def open(self, page: Path | str, *, width: int, dark: bool = False, height: int = 900) -> None:
+        """Open a file, or an address, in a window of that width."""
         self._ask(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=False,
@@ -102,11 +104,20 @@ class Chromium:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
         self.errors.clear()
-        self._ask("Page.navigate", url=page.absolute().as_uri())
+        address = page if isinstance(page, str) else page.absolute().as_uri()
+        self._allowed = address if isinstance(page, str) else "file:"
+        self._ask("Page.navigate", url=address)
         end = time.monotonic() + _SECONDS
         while self.run("document.readyState + location.href")[:8] != "complete":
             assert time.monotonic() < end, "the page doesn't load"
-        assert page.name in self.run("decodeURIComponent(location.href)")
+        assert unquote(address) == self.run("decodeURIComponent(location.href)")
+
+    def wait(self, code: str) -> Any:
+        """Wait until an expression of JavaScript holds, and give it."""
+        end = time.monotonic() + _SECONDS
+        while not (found := self.run(code)):
+            assert time.monotonic() < end, f"never: {code}"
+        return found
 
     def run(self, code: str) -> Any:
         """Evaluate JavaScript, and give what it gives."""
@@ -177,5 +188,7 @@ class Chromium:
                 self.errors.append(str(given["args"]))
             case "Log.entryAdded":
                 self.errors.append(given["entry"]["text"])
-            case "Network.requestWillBeSent" if not given["request"]["url"].startswith("file:"):
-                self.errors.append(f"asked for {given['request']['url']}")
+            case "Network.requestWillBeSent":
+                address = given["request"]["url"]
+                if not address.startswith(self._allowed):
+                    self.errors.append(f"asked for {address}")
