@@ -891,7 +891,8 @@ def test_the_examples_of_the_help_work(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     assert set(ORDER) <= set(COMMANDS)
-    for name in (*ORDER, *(one for one in COMMANDS if one not in ORDER)):
+    others = [one for one in COMMANDS if one not in (*ORDER, "serve")]  # which doesn't end
+    for name in (*ORDER, *others):
         if name == "append":
             invoke("capture", MODEL, "later.stream", "--prompt", "Later on")
         for line in examples_of(name):

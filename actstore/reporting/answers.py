@@ -202,8 +202,10 @@ class Answers:
     def distribution(self, variable: str) -> dict[str, Any]:
         """Say how the values of each layer of a variable are distributed, in a sample of rows."""
         source = self._source(variable)
+        total = self._axes[source.dim].rows
+        if not total:
+            raise RefusedError("a variable with rows", variable, 404)
         if variable not in self._distributions:
-            total = self._axes[source.dim].rows
             runs = runs_of(source, total, _SAMPLE_BYTES, self._limits)
             rows = np.concatenate([np.arange(one.start, one.stop) for one in runs])
             with self._reading(variable):

@@ -520,7 +520,7 @@
     (tops || []).forEach((feature, index) =>
       by.append(make("option", { value: String(index) }, `feature ${feature.feature}`)));
     if (served && !tops && /^[0-9]+$/.test(before)) by.append(make("option", { value: before }, "feature …"));
-    if (served && one.width > 1) by.append(make("option", { value: "any" }, "a feature by its number"));
+    if (served && one.width > 1) by.append(make("option", { value: "any" }, "feature number…"));
     state.by = [...by.options].some((option) => option.value === before) ? before : "norm";
     by.value = state.by;
     $("number-field").hidden = state.by !== "any";
@@ -635,7 +635,7 @@
     server.stop("map");
     $("number").min = one.least;
     $("number").max = one.most;
-    $("number-of").textContent = `from ${one.least} to ${one.most}`;
+    $("number-of").textContent = `(${one.least.toLocaleString("en")} to ${one.most.toLocaleString("en")})`;
     if (!one.sample && !one.cut) {
       server.ask("distribution", "distribution", { variable: one.name }, (said) => {
         Object.assign(one, said);
@@ -664,7 +664,7 @@
     const { pass, item, passes, tokens: of } = mine.about;
     $("sequence").max = axis.sequences - 1;
     $("sequence").value = axis.sequence;
-    $("sequence-of").textContent = `of ${axis.sequences.toLocaleString("en")}, from 0`;
+    $("sequence-of").textContent = `(0 to ${(axis.sequences - 1).toLocaleString("en")})`;
     $("sequence-back").disabled = axis.sequence <= 0;
     $("sequence-on").disabled = axis.sequence >= axis.sequences - 1;
     const told = `${of.toLocaleString("en")} token${of === 1 ? "" : "s"}`;
@@ -673,7 +673,7 @@
     $("from-field").hidden = of <= served.tokens && !axis.first;
     $("from").max = of - 1;
     $("from").value = axis.first;
-    $("from-of").textContent = `of ${of.toLocaleString("en")}`;
+    $("from-of").textContent = `(0 to ${(of - 1).toLocaleString("en")})`;
     $("from-back").disabled = axis.first <= 0;
     $("from-on").disabled = axis.first + served.tokens >= of;
   };

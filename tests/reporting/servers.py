@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Server", "served"]
+__all__ = ["Server", "environment", "served"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,14 +40,18 @@ class Server:
         return self.process.returncode, out
 
 
+def environment() -> dict[str, str]:
+    """Give what a process finds this checkout by."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 @contextmanager
 def served(path: Path, *options: Any) -> Iterator[Server]:
     """Serve a log or an archive; what the process says on stderr is among what it says."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     process = subprocess.Popen(
         [sys.executable, "-m", "actstore", "serve", str(path), *map(str, options)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
     )  # fmt: skip
     try:
         said: list[str] = []

@@ -202,7 +202,8 @@ def test_the_tab_key_reaches_everything_and_the_focus_is_seen(
     change(browser, "by", "any")
     told(browser)
     reached = """[...document.querySelectorAll(
-        "a[href],select,input,button,summary,[tabindex='0']")].filter((one) => one.checkVisibility() && !one.disabled"""
+        "a[href],select,input,button,summary,[tabindex='0']")]
+        .filter((one) => one.checkVisibility() && !one.disabled"""
     names = []
     for _ in range(browser.run(f"{reached}).length") + 3):
         browser.press("Tab")
