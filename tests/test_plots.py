@@ -482,6 +482,22 @@ def test_what_no_font_has_is_written_as_its_number_or_the_tokens_id(
     assert text.label("漢字", 7) == "漢字"
 
 
+def test_fonts_that_were_installed_later_are_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    place = font_manager.findfont("DejaVu Serif", fallback_to_default=False)
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    others = [one for one in manager.ttflist if one.name == "DejaVu Sans"]
+    monkeypatch.setattr(manager, "ttflist", others)
+    monkeypatch.setattr(text, "_FAMILIES", ("DejaVu Sans", "DejaVu Serif"))
+    later = [str(tmp_path / "broken.ttf"), str(place)]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: later)
+    assert text.families.__wrapped__() == ("DejaVu Sans", "DejaVu Serif")
+
+
 def test_every_letter_of_a_label_has_a_glyph() -> None:
     scripts = "Ünï Привет ΑΒΓ שלום مرحبا ไทย हिन्दी 漢字 한국 日本 🙂 ∑"
     for letter in text.label(scripts, -1, most=1000):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
@@ -32,10 +33,31 @@ _MORE: Final = "…"
 @cache
 def families() -> tuple[str, ...]:
     """Give the installed fonts that texts are drawn by, in the order in which they are tried."""
+    found = _there()
+    if len(found) < 2:  # only matplotlib's own
+        _learn()
+        found = _there()
+    return found or ("DejaVu Sans",)
+
+
+def _there() -> tuple[str, ...]:
     from matplotlib import font_manager
 
     there = set(font_manager.fontManager.get_font_names())
-    return tuple(one for one in _FAMILIES if one in there) or ("DejaVu Sans",)
+    return tuple(one for one in _FAMILIES if one in there)
+
+
+def _learn() -> None:
+    """Tell matplotlib of fonts that were installed after it last looked, whose list it keeps."""
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    known = {one.fname for one in manager.ttflist}
+    for place in font_manager.findSystemFonts():
+        if place not in known:
+            # it says which it can't draw by: of bitmaps, or broken
+            with suppress(NotImplementedError, RuntimeError, OSError):
+                manager.addfont(place)
 
 
 @cache
