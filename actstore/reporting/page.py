@@ -199,7 +199,7 @@ def _html(said: Mapping[str, Any]) -> str:
         {
             "TITLE": escape(said["title"]),
             "POLICY": _policy(said),
-            "KIND": "served" if "served" in said else "report",
+            "KIND": "serve" if "served" in said else "report",
             "STYLE": style,
             "SCRIPT": script,
             "LEAD": _lead(said),
