@@ -41,7 +41,7 @@ QUESTIONS: Final = ("sequences", "tokens", "layer", "norms", "feature", "distrib
 
 _WORKERS: Final = 2  # that read at the same time
 _AT_ONCE: Final = 32  # requests that are answered, or wait for it; more are told to come again
-_CONNECTIONS: Final = 512
+_CONNECTIONS: Final = 512  # beyond which uvicorn itself says 503
 _PATH: Final = 200  # bytes of a request's path
 _QUERY: Final = 1000  # and of its query
 _HEAD: Final = 16 << 10  # and of all that comes before a body
@@ -355,23 +355,9 @@ def _is_any(host: str) -> bool:
 
 
 def _hosts(host: str) -> frozenset[str]:
-    """Give what a server that listens there may be called."""
-    if is_loopback(host):
-        return LOOPBACK | {host.lower()}
-    mine = {host, socket.gethostname(), socket.getfqdn()}
-    addresses = {
-        str(one[4][0])
-        for name in mine
-        for one in _addresses(name)
-    }  # fmt: skip
-    return LOOPBACK | {one.lower() for one in mine | addresses}
-
-
-def _addresses(name: str) -> list[Any]:
-    try:
-        return socket.getaddrinfo(name, None)
-    except OSError:  # the machine doesn't know its own name
-        return []
+    """Give the names that a server that listens there may be called, besides its addresses."""
+    names = {host} if is_loopback(host) else {host, socket.gethostname(), socket.getfqdn()}
+    return LOOPBACK | {one.lower() for one in names}
 
 
 def _needs(module: str) -> None:

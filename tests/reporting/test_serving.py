@@ -221,6 +221,14 @@ def test_a_sequence_is_shown_first_that_is_asked_for(log: tuple[Path, np.ndarray
         pass
 
 
+def test_what_has_to_be_installed_is_said(
+    log: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'actstore\[serve\]'"):
+        serving.serve(log[0])
+
+
 def test_of_a_large_archive_a_sample_and_the_index_alone_are_held() -> None:
     rows = 300_000
     wide = np.broadcast_to(np.zeros((1, 64), np.float32), (2, rows, 64))
