@@ -141,7 +141,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     workers : int
         Threads, at most; each holds an encoded shard of about 64 MiB.
     max_memory_gb : float
-        GB of memory, over what the process had: fewer threads work where it allows no more.
+        GB of memory, over what the process had, beside the tables of the logs and the labels of
+        the rows (about 130 bytes a row): fewer threads work where it allows no more.
     remove_logs : bool
         Remove the logs when the archive is whole, verified and on the disk.
     progress : callable, optional
