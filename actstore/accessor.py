@@ -7,7 +7,7 @@ are read is ``dataset.py``'s, ``stream.rows``'s and zarr's.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -37,6 +37,8 @@ __all__ = [
 
 #: What a dask array keeps the lazy variable under that it reads from, and its own name then.
 _LAZY: Final = "_actstore_lazy"
+#: Rows of a label that are read at once: whole chunks of an archive.
+_PIECE: Final = 1 << 22
 
 
 @xr.register_dataset_accessor("actstore")  # type: ignore[no-untyped-call]
@@ -85,9 +87,9 @@ class ActstoreAccessor:
         texts, ids = _texts_and_ids(wanted)
         chosen = np.zeros(axis.rows, np.bool_)
         if texts:
-            chosen |= _matches(axis.label("token_text"), texts)
+            chosen |= axis.matching("token_text", texts)
         if ids:
-            chosen |= _matches(axis.label("token_id"), ids)
+            chosen |= axis.matching("token_id", ids)
         return axis.take(np.flatnonzero(chosen))
 
     def steps(
@@ -152,16 +154,16 @@ class ActstoreAccessor:
             There are no such rows, or they are of several logs.
         """
         axis = self._axis(dim)
-        passes, items = axis.label("pass_index"), axis.label("batch_item")
-        chosen = (passes == pass_index) & (items == item)
+        chosen = axis.matching("pass_index", pass_index) & axis.matching("batch_item", item)
         if run is not None:
-            chosen &= axis.label("run") == run if axis.run else run == 0
+            chosen &= axis.matching("run", run) if axis.run else run == 0
         rows = np.flatnonzero(chosen)
         logs = axis.label("run")[rows].unique().tolist() if axis.run else []
         if len(logs) > 1:
             msg = f"pass {pass_index!r} is in each of the runs {logs}; say which with run="
             raise ConfigError(msg)
         if not rows.size:
+            passes = axis.label("pass_index")
             found = f"passes {passes.min()} to {passes.max()}" if axis.rows else "no rows at all"
             msg = (
                 f"there are no rows of pass {pass_index!r}, batch item {item!r} on {axis.dim!r}, "
@@ -206,7 +208,7 @@ class ActstoreAccessor:
         chosen: dict[str, tuple[TokenAxis, NDArray[np.bool_]]] = {}
         for label, wanted in {**(labels or {}), **more}.items():
             axis = self._axis_of_label(label, dim)
-            found = _matches(axis.label(label), wanted)
+            found = axis.matching(label, wanted)
             _, before = chosen.get(axis.dim, (axis, np.ones(axis.rows, np.bool_)))
             chosen[axis.dim] = axis, before & found
         dataset = self._dataset
@@ -460,10 +462,28 @@ class TokenAxis:
 
     def label(self, label: str) -> pd.Series:
         """Read a label, by its name with the prefix or without."""
+        return _series(self._variable(label).values)
+
+    def matching(self, label: str, wanted: Any) -> NDArray[np.bool_]:
+        """Tell which rows' label is equal to a value, in a list, or satisfies a function.
+
+        A column of very many rows is read piece by piece, but for a function, which gets all.
+        """
+        if callable(wanted):
+            return _satisfying(self.label(label), wanted)
+        variable, values = self._variable(label), wanted
+        if not pd.api.types.is_list_like(wanted):
+            values = [wanted]
+        found = np.zeros(self.rows, np.bool_)
+        for first in range(0, self.rows, _PIECE):
+            rows = slice(first, first + _PIECE)
+            part = variable.values if self.rows <= _PIECE else variable[rows].values
+            found[rows] = _series(part).isin(list(values))
+        return found
+
+    def _variable(self, label: str) -> xr.Variable:
         full = self.prefix + label
-        values = self.dataset.variables[full if full in self.names else label].values
-        # pandas has no dtype for NumPy's strings
-        return pd.Series(values.astype(object) if values.dtype.kind == "T" else values)
+        return self.dataset.variables[full if full in self.names else label]
 
     @property
     def run(self) -> tuple[str, ...]:
@@ -647,11 +667,12 @@ def _integer(value: Any, wanted: str) -> int:
     raise ConfigError(msg)
 
 
-def _matches(column: pd.Series, wanted: Any) -> NDArray[np.bool_]:
-    """Tell which values of a column are equal to a value, in a list, or satisfy a function."""
-    if not callable(wanted):
-        values = list(wanted) if pd.api.types.is_list_like(wanted) else [wanted]
-        return np.asarray(column.isin(values))
+def _series(values: NDArray[Any]) -> pd.Series:
+    # pandas has no dtype for NumPy's strings
+    return pd.Series(values.astype(object) if values.dtype.kind == "T" else values)
+
+
+def _satisfying(column: pd.Series, wanted: Callable[[pd.Series], Any]) -> NDArray[np.bool_]:
     found = np.asarray(wanted(column))
     if found.shape != column.shape or found.dtype != np.bool_:
         msg = (

@@ -24,21 +24,11 @@ from actstore.archive.coordinates import RUN, STRING, Coordinate, prefix_of
 from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Read
 from actstore.archive.reading import ShardedRows
-from actstore.compaction import (
-    CompactionReport,
-    Content,
-    Pathlike,
-    Progress,
-    Reader,
-    check_workers,
-    dense_jobs,
-    element_reader,
-    fitting,
-    opened,
-    ragged_jobs,
-    row_reader,
-    write_archive,
-)
+from actstore.compaction import CompactionReport, Pathlike, Progress
+from actstore.compaction.content import Content, dense_jobs, ragged_jobs
+from actstore.compaction.executing import Threads, check_workers, fitting
+from actstore.compaction.logs import Reader, element_reader, opened, row_reader
+from actstore.compaction.writing import write_archive
 from actstore.errors import ArchiveError, ConfigError
 from actstore.stream import summary
 
@@ -98,7 +88,7 @@ def append(
         shutil.rmtree(grown, ignore_errors=True)  # of a call that was killed before its last step
         with opened(streams, None, None) as reader:
             content, jobs = _together(old, Content.of(reader, tokenizer), reader)
-            threads = fitting(jobs, workers, max_memory_gb)
+            threads = Threads(fitting(jobs, workers, max_memory_gb))
             made = write_archive(
                 content, jobs, grown, old.attributes["profile"], threads, progress
             )

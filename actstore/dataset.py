@@ -28,7 +28,7 @@ from actstore.archive import layout, store, zipped
 from actstore.archive.precision import CODING
 from actstore.archive.reading import Rows, ShardedRows, value_rows
 from actstore.archive.zipped import Place, ZipPath
-from actstore.compaction import element_reader, plan_log, row_reader
+from actstore.compaction.logs import element_reader, plan_log, row_reader
 from actstore.errors import FormatError, UnsupportedVersionError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.reader import StreamReader, open_stream

@@ -22,7 +22,8 @@ from actstore import codecs, dtypes, files, hdf5, markup
 from actstore.archive import store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.zipped import Place, ZipPath
-from actstore.compaction import Pathlike, Progress, differences
+from actstore.compaction import Pathlike, Progress
+from actstore.compaction.comparing import differences
 from actstore.errors import ActstoreWarning, ConfigError, FormatError, StreamCorruptError
 from actstore.stream import records
 from actstore.stream.legacy import LegacyReader, is_legacy

@@ -253,6 +253,17 @@ def test_rows_are_chosen_by_any_label(dataset: xr.Dataset, whole: xr.Dataset) ->
     assert_rows(choose(sample_id=1), whole, [])
 
 
+def test_a_long_column_is_searched_piece_by_piece(
+    dataset: xr.Dataset, whole: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actstore.accessor._PIECE", 3)
+    mask = whole.token_text.isin(["Paris", " Paris"]) | (whole.token_id == 102)
+    assert mask.any()
+    assert_rows(dataset.actstore.tokens(["Paris", 102]), whole, where(mask))
+    mask = (whole.pass_index == 2) & (whole.batch_item == 1)
+    assert_rows(dataset.actstore.sequence(2, 1), whole, where(mask))
+
+
 def test_any_coordinate_of_the_rows_is_a_label(whole: xr.Dataset) -> None:
     named = whole.assign_coords({"a b": ("token", np.arange(16) % 5)})
     assert_rows(named.actstore.where({"a b": 3}), named, [3, 8, 13])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any, Final
@@ -121,16 +121,22 @@ class ArchiveWriter:
             config={"write_empty_chunks": True},
             zarr_format=3,
         )
-        if values.size:
-            array[...] = values
+        for part in _pieces(len(values)) if values.ndim else [()]:
+            array[part] = values[part]
 
     def add_text(self, coordinate: Coordinate, group: str = "text") -> None:
         """Write text also as UTF-8 bytes and offsets, in the group ``text``, for other readers."""
-        encoded = [str(one).encode() for one in coordinate.values.tolist()]
-        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        data = np.frombuffer(b"".join(encoded), np.uint8)
+        data, lengths = bytearray(), [np.zeros(1, np.int64)]
+        for part in _pieces(len(coordinate.values)):
+            encoded = [one.encode() for one in coordinate.values[part].tolist()]
+            data += b"".join(encoded)
+            lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+        ends = np.cumsum(np.concatenate(lengths))
         stem = coordinate.name
-        for name, values in ((f"{stem}_bytes", data), (f"{stem}_offsets", ends)):
+        for name, values in (
+            (f"{stem}_bytes", np.frombuffer(data, np.uint8)),
+            (f"{stem}_offsets", ends),
+        ):
             self.add_small(Coordinate(name, (name,), values), group)
 
     def add_group(self, name: str, attributes: Mapping[str, Any]) -> None:
@@ -180,6 +186,11 @@ class ArchiveWriter:
     def _write_metadata(self, name: str, metadata: Mapping[str, Any]) -> None:
         data = json.dumps(metadata, indent=2).encode()
         files.write_new(self.folder / name / _METADATA, [data])
+
+
+def _pieces(length: int) -> Iterator[slice]:
+    """Cut what is as long as a dimension into whole chunks of small arrays."""
+    return (slice(at, at + _SMALL_CHUNK) for at in range(0, length, _SMALL_CHUNK))
 
 
 def _small_chunks(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from logs import LogBuilder, axis, decoder_log, random_values
 from actstore.archive import grid
 from actstore.archive.layout import Plan, Ragged, Variable
 from actstore.archive.names import Names, plain_json
-from actstore.compaction import plan_log
+from actstore.compaction.logs import plan_log
 from actstore.stream.reader import open_stream
 
 Build = Callable[[LogBuilder], Any]

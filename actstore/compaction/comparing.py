@@ -1,0 +1,81 @@
+"""Owns whether an archive has the values of its logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.archive import store
+from actstore.archive.coordinates import STRING
+from actstore.archive.jobs import Job
+from actstore.archive.precision import Precision
+from actstore.compaction.content import shards_of
+from actstore.compaction.logs import Pathlike, opened, plan_log
+from actstore.compaction.writing import Progress
+from actstore.errors import ArchiveError
+
+__all__ = ["differences"]
+
+
+def differences(
+    folder: Path,
+    streams: Pathlike | Sequence[Pathlike],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Compare an archive, read by zarr-python, with the logs that it was made of.
+
+    Yields
+    ------
+    (str, str)
+        What of the archive differs, and how. Texts are not compared: a tokenizer may have given
+        them.
+    """
+    with opened(streams, shapes, dtypes) as reader:
+        plan = plan_log(reader)
+        said = store.read_attributes(folder).get("precision", {})
+        precision = {name: Precision.parse(one) for name, one in said.items()}
+        mine = list(shards_of(reader, plan, precision))
+        done, total = 0, sum(job.raw_bytes for job in mine)
+        for job in mine:
+            if progress is not None:
+                progress(done, total)
+            done += job.raw_bytes
+            reason = _difference(folder, job)
+            if reason:
+                yield f"{job.file}, rows {job.shard.first} to {job.shard.last}", reason
+        for one in plan.coordinates:
+            if one.values.dtype == STRING:
+                continue
+            try:
+                found = store.read_part(folder, one.name, (slice(None),) * one.values.ndim)
+            except (OSError, ValueError, LookupError) as error:
+                yield one.name, f"it can't be read: {error}"
+                continue
+            if not np.array_equal(found, one.values, equal_nan=one.values.dtype.kind == "f"):
+                yield one.name, "its values are not those of the logs"
+
+
+def _difference(folder: Path, job: Job) -> str:
+    """Say how the rows of a shard differ from the log's, if they do."""
+    read: dict[str, NDArray[Any]] = {}
+    for number in np.flatnonzero(job.shard.present).tolist():
+        start = number * job.shard.chunk_rows
+        for name, rows in job.stored(number).items():
+            if name not in read:
+                try:
+                    read[name] = store.read_rows(
+                        folder, name, job.place, job.shard.first, job.shard.last
+                    )
+                except (OSError, ValueError, IndexError, RuntimeError, ArchiveError) as error:
+                    return f"{name} can't be read: {error}"
+            mine = read[name][start : start + len(rows)]
+            if mine.dtype != rows.dtype or mine.tobytes() != rows.tobytes():
+                return f"its chunk {number} has other values than the logs"
+    return ""

@@ -1,0 +1,208 @@
+"""Owns what an archive will hold, before any value is read: arrays, labels, shards to write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import actstore
+from actstore.archive import layout, store
+from actstore.archive.coordinates import pass_columns, token_columns
+from actstore.archive.jobs import Job, Read
+from actstore.archive.precision import Precision
+from actstore.compaction.logs import (
+    Reader,
+    element_reader,
+    logs_of,
+    plan_log,
+    row_reader,
+    runs_of,
+)
+from actstore.errors import ConfigError
+from actstore.stream import summary
+
+__all__ = ["Content", "Wanted", "dense_jobs", "ragged_jobs", "shards_of"]
+
+#: A precision for all floats, or for the variables or sites whose names match.
+Wanted = str | Precision | Mapping[str, str | Precision] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Content:
+    """What an archive will hold, before any value is read.
+
+    Attributes
+    ----------
+    plan : layout.Plan
+        Its arrays and labels.
+    tables : mapping of str to mapping of str to numpy.ndarray
+        The columns of the groups ``tokens`` and ``passes``.
+    runs : tuple of mapping
+        The HEADER of each log.
+    logs : tuple of mapping
+        What ``provenance`` says of each.
+    analysis : mapping
+        Counts of all of them, as `summary.merge` gives them.
+    precision : mapping of str to Precision
+        Of the variables that give up some.
+    """
+
+    plan: layout.Plan
+    tables: Mapping[str, Mapping[str, NDArray[Any]]]
+    runs: tuple[Mapping[str, Any], ...]
+    logs: tuple[Mapping[str, Any], ...]
+    analysis: Mapping[str, Any]
+    precision: Mapping[str, Precision] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, reader: Reader, tokenizer: Any = None, precision: Wanted = None) -> Content:
+        """Plan the archive of a log, or of several."""
+        plan, logs, runs = plan_log(reader, tokenizer), logs_of(reader), runs_of(reader)
+        return cls(
+            plan,
+            {
+                "tokens": token_columns(reader.tokens, runs),
+                "passes": pass_columns(reader.passes, runs),
+            },
+            tuple(dict(one.header) for one in logs),
+            tuple(
+                {
+                    "name": one.path.name,
+                    "run_id": one.header.get("run_id"),
+                    "bytes": one.file_bytes,
+                    "complete": one.complete,
+                }
+                for one in logs
+            ),
+            summary.merge([summary.summarise(one) for one in logs]),
+            _precisions(plan, precision),
+        )
+
+    def jobs(self, reader: Reader) -> list[Job]:
+        """Give the shards to write."""
+        return list(shards_of(reader, self.plan, self.precision))
+
+    def fingerprint(self, jobs: Sequence[Job]) -> str:
+        """Give what tells one making of an archive from another: the logs, plan and shards."""
+        said = {
+            "writer": actstore.__version__,
+            "format": store.VERSION,
+            "logs": self.logs,
+            "shards": [(one.file, one.shard.first, one.shard.last, one.raw_bytes) for one in jobs],
+            "arrays": [
+                (one.name, one.dims, one.shape, one.source.name) for one in self.plan.variables
+            ],
+            "precision": {name: str(one) for name, one in self.precision.items()},
+        }
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def shards_of(
+    reader: Reader, plan: layout.Plan, precision: Mapping[str, Precision]
+) -> Iterator[Job]:
+    """Give the shards to write: those that hold anything."""
+    for one in plan.variables:
+        rows = [row_reader(reader, one, place) for place in range(len(one.modules))]
+        reads = [partial(mine.read, fill=one.fill) if mine else None for mine in rows]
+        yield from dense_jobs(one, reads, precision.get(one.name))
+    for ragged in plan.ragged:
+        layers = reader.table.layer[ragged.packets]
+        yield from ragged_jobs(ragged, layers, reader, element_reader(reader, ragged).read)
+
+
+def dense_jobs(
+    variable: layout.Variable, reads: Sequence[Read | None], precision: Precision | None = None
+) -> Iterator[Job]:
+    """Give the shards of a variable.
+
+    Parameters
+    ----------
+    variable : layout.Variable
+        The variable.
+    reads : sequence of callable or None
+        What reads the rows of each of its places; None where there are none.
+    precision : Precision, optional
+        How much of them is kept.
+    """
+    for place, (module, read) in enumerate(zip(variable.modules, reads, strict=True)):
+        if read is None:
+            continue
+        for shard in variable.cut(place):
+            yield Job(
+                variable.name,
+                (place,) * variable.token_axis,
+                variable.row_shape,
+                variable.dtype,
+                shard,
+                variable.fill,
+                {module: shard.rows * variable.row_bytes},
+                read,
+                precision=precision,
+            )
+
+
+def ragged_jobs(
+    ragged: layout.Ragged, layers: NDArray[np.int64], reader: Reader, read: Read
+) -> Iterator[Job]:
+    """Give the shards of a ragged array.
+
+    Parameters
+    ----------
+    ragged : layout.Ragged
+        The array.
+    layers : numpy.ndarray
+        int64: of each of its packets the layer's id in the reader.
+    reader : StreamReader or JoinedReader
+        Names the layers.
+    read : callable
+        Reads its elements.
+    """
+    names = {info.id: info.name for info in reader.layers.values()}
+    kinds = np.unique(layers).tolist()
+    ends, itemsize = np.append(ragged.offsets[1:], ragged.size), ragged.source.itemsize
+    for shard in ragged.cut():
+        inside = np.minimum(ends, shard.last) - np.maximum(ragged.offsets, shard.first)
+        nbytes = inside.clip(0) * itemsize
+        owners = {names[one]: int(nbytes[layers == one].sum()) for one in kinds}
+        yield Job(ragged.values_name, (), (), ragged.source.array, shard, 0, owners, read)
+
+
+def _precisions(plan: layout.Plan, wanted: Wanted) -> dict[str, Precision]:
+    """Give the precision of each variable that gives up some.
+
+    Raises
+    ------
+    ConfigError
+        It is none, or a name matches no variable.
+    """
+    if wanted is None:
+        return {}
+    given = wanted if isinstance(wanted, Mapping) else {"*": wanted}
+    by_name = {name: Precision.parse(one) for name, one in given.items()}
+    own = {one.name for one in plan.variables}
+    for name in by_name:
+        if name != "*" and not any(_is_meant(name, one, own) for one in plan.variables):
+            known = ", ".join(repr(one.name) for one in plan.variables)
+            msg = f"precision names {name!r}, which no variable is called; there are {known}"
+            raise ConfigError(msg)
+    found = {}
+    for variable in plan.variables:
+        mine = next((one for name, one in by_name.items() if _is_meant(name, variable, own)), None)
+        if mine is not None and mine.applies(variable.dtype, variable.row_shape):
+            found[variable.name] = mine
+    return found
+
+
+def _is_meant(name: str, variable: layout.Variable, own: Set[str]) -> bool:
+    """Whether a name is a variable's; one that is just that of a variable is of no other."""
+    if name in own:
+        return variable.name == name
+    return fnmatchcase(variable.name, name) or fnmatchcase(variable.site, name)

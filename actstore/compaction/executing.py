@@ -1,0 +1,127 @@
+"""Owns who writes the shards of an archive: threads within a budget of memory.
+
+An executor gives each shard as it is written; what is finished is noted by who asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from actstore.archive import jobs, shards
+from actstore.archive.jobs import Job, Written
+from actstore.errors import ArchiveError, ConfigError
+
+__all__ = ["Executor", "Threads", "check_workers", "fitting", "unverified", "write_shard"]
+
+#: What a compaction holds beside its shards: the logs' tables, and what of them is decoded.
+_BESIDE: Final = 64 << 20
+
+
+class Executor(Protocol):
+    """Writes shards, each once."""
+
+    def written(
+        self, jobs: Sequence[Job], folder: Path, profile: str
+    ) -> Generator[tuple[Job, Written], None, None]:
+        """Write shards into the folder of an archive that is being made.
+
+        Yields
+        ------
+        (Job, Written)
+            Each shard as it is on the disk, verified; in any order.
+
+        Raises
+        ------
+        ArchiveError
+            What was written doesn't read back.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """Writes shards by threads of this process.
+
+    Parameters
+    ----------
+    count : int
+        How many.
+    """
+
+    count: int
+
+    def written(
+        self, jobs: Sequence[Job], folder: Path, profile: str
+    ) -> Generator[tuple[Job, Written], None, None]:
+        """Write shards; see `Executor`."""
+        with _threads(self.count) as pool:
+            running = {pool.submit(write_shard, job, folder, profile): job for job in jobs}
+            for future in _as_done(running):
+                yield running[future], future.result()
+
+
+def fitting(jobs: Sequence[Job], workers: int, gigabytes: float) -> int:
+    """Give how many threads fit into memory.
+
+    Raises
+    ------
+    ConfigError
+        Not even one does.
+    """
+    needed = max((job.memory for job in jobs), default=0)
+    threads = (int(gigabytes * 1e9) - _BESIDE) // needed if needed else workers
+    if threads < 1:
+        msg = (
+            f"a shard of this archive needs {(needed + _BESIDE) / 1e9:.2f} GB of memory; "
+            f"max_memory_gb is {gigabytes:.2f}: give that much"
+        )
+        raise ConfigError(msg)
+    return min(workers, threads)
+
+
+def check_workers(workers: int) -> None:
+    """Refuse a number of threads that is none."""
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        msg = f"workers must be a positive int; got {workers!r}"
+        raise ConfigError(msg)
+
+
+def write_shard(job: Job, folder: Path, profile: str) -> Written:
+    """Write a shard, compare what it decodes to with the log, and its files with what they are."""
+    try:
+        return jobs.write(job, folder, profile)
+    except shards.MismatchError as error:
+        raise unverified(job) from error
+
+
+def unverified(job: Job) -> ArchiveError:
+    """Give the error of a shard that differs from its log."""
+    msg = (
+        f"{job.name} at {job.place}, rows {job.shard.first} to {job.shard.last}, doesn't read "
+        "back as the log has it; nothing was kept of this archive: check the disk, and compact "
+        "again"
+    )
+    return ArchiveError(msg)
+
+
+def _as_done(running: Iterable[Future[Written]]) -> Iterator[Future[Written]]:
+    """Give what is running as it ends; an interrupt is not kept waiting."""
+    left = set(running)
+    while left:
+        ended, left = wait(left, return_when="FIRST_COMPLETED")
+        yield from ended
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Give threads; where the context fails, what they have not begun is not begun."""
+    pool = ThreadPoolExecutor(workers, "actstore-compact")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)

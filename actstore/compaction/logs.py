@@ -1,0 +1,104 @@
+"""Owns what a compaction has of its logs: opened as one, planned, and what reads their rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actstore import files
+from actstore.archive import layout
+from actstore.archive.coordinates import Runs
+from actstore.errors import ConfigError
+from actstore.stream.joined import JoinedReader
+from actstore.stream.reader import StreamReader, open_stream
+from actstore.stream.rows import ElementReader, RowReader
+
+__all__ = [
+    "Pathlike",
+    "Reader",
+    "element_reader",
+    "logs_of",
+    "opened",
+    "paths_of",
+    "plan_log",
+    "row_reader",
+    "runs_of",
+]
+
+Pathlike = str | os.PathLike[str]
+Reader = StreamReader | JoinedReader
+
+
+@contextmanager
+def opened(
+    streams: Pathlike | Sequence[Pathlike],
+    shapes: Mapping[str, Sequence[int]] | None,
+    dtypes: Mapping[str, str] | None,
+) -> Iterator[Reader]:
+    """Open logs as one, and refuse damaged ones."""
+    with ExitStack() as stack:
+        readers = [
+            stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes))
+            for path in paths_of(streams)
+        ]
+        reader = readers[0] if len(readers) == 1 else JoinedReader(readers)
+        reader.check()
+        yield reader
+
+
+def paths_of(streams: Pathlike | Sequence[Pathlike]) -> list[Path]:
+    """Give the paths of one log or several."""
+    if isinstance(streams, str | os.PathLike):
+        return [Path(streams)]
+    if not isinstance(streams, Sequence) or not streams:
+        msg = f"compact takes the path of a log, or a sequence of them; got {streams!r}"
+        raise ConfigError(msg)
+    return [files.path_of(one) for one in streams]
+
+
+def plan_log(reader: Reader, tokenizer: Any = None) -> layout.Plan:
+    """Plan the dataset of a log, or of several."""
+    texts = dict(reader.token_texts)
+    if tokenizer is not None:
+        parts = [axis.token_ids.ravel() for info in reader.passes for axis in info.axes]
+        fed = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+        texts |= {one: str(tokenizer.decode([one])) for one in fed[fed >= 0].tolist()}
+    source = layout.Source(
+        tuple(reader.layers.values()),
+        reader.passes,
+        reader.tokens,
+        reader.table,
+        reader.features,
+        texts,
+        runs_of(reader),
+    )
+    return layout.plan(source)
+
+
+def runs_of(reader: Reader) -> Runs:
+    """Give the logs of a reader as labels have them."""
+    return Runs(reader.starts if isinstance(reader, JoinedReader) else np.zeros(1, np.int64))
+
+
+def logs_of(reader: Reader) -> tuple[StreamReader, ...]:
+    """Give the logs of a reader."""
+    return reader.readers if isinstance(reader, JoinedReader) else (reader,)
+
+
+def row_reader(reader: Reader, variable: layout.Variable, place: int) -> RowReader | None:
+    """Give what reads the rows of one layer of a variable; None where it has none."""
+    segments = variable.segments[place]
+    if segments is None:
+        return None
+    columns = (segments.packet, segments.source, segments.start, segments.count)
+    return RowReader(reader, columns, variable.row_shape, variable.source)
+
+
+def element_reader(reader: Reader, ragged: layout.Ragged) -> ElementReader:
+    """Give what reads the elements of a ragged array."""
+    return ElementReader(reader, ragged.packets, ragged.offsets, ragged.size, ragged.source)
