@@ -303,6 +303,8 @@ def serve(
     ------
     MissingFileError, FormatError, StreamCorruptError, ConfigError
         As for `application`, or it can't be listened there.
+    KeyboardInterrupt
+        It was ended, also where Ctrl-C is ignored: in what a script starts in the background.
     """
     _needs("starlette")
     _needs("uvicorn")
@@ -325,6 +327,7 @@ def serve(
         name = socket.gethostname() if _is_any(host) else f"[{host}]" if ":" in host else host
         ready(f"http://{name}:{listener.getsockname()[1]}/{token}/")
         uvicorn.Server(config).run(sockets=[listener])
+    raise KeyboardInterrupt
 
 
 @contextmanager
