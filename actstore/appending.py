@@ -25,8 +25,9 @@ from actstore.archive.coordinates import RUN, STRING, Coordinate, prefix_of
 from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Read
 from actstore.archive.reading import ShardedRows
+from actstore.clusters import check_client
 from actstore.compaction import CompactionReport, Pathlike, Progress
-from actstore.compaction.cluster import check_client, chosen
+from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Content, dense_jobs, ragged_jobs
 from actstore.compaction.executing import check_workers
 from actstore.compaction.logs import Reader, element_reader, opened, paths_of, row_reader

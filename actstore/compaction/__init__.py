@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from actstore import files, markup
 from actstore.archive import shards
-from actstore.compaction.cluster import check_client, chosen
+from actstore.clusters import check_client
+from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Wanted
 from actstore.compaction.executing import check_workers
 from actstore.compaction.logs import Pathlike, paths_of

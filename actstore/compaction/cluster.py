@@ -22,37 +22,13 @@ from actstore.compaction.content import Content
 from actstore.compaction.executing import Executor, Threads, fitting
 from actstore.compaction.recipe import Recipe
 from actstore.compaction.worker import Making, WorkerError, stamps_of, write
-from actstore.errors import ConfigError
 
-__all__ = ["Cluster", "batches", "check_client", "chosen"]
+__all__ = ["Cluster", "batches", "chosen"]
 
 _TICK: Final = 0.5  # seconds between looks at the workers
 #: Seconds that may pass without any worker; those of a cluster that grows take a while.
 PATIENCE: Final = 60.0
 _AHEAD: Final = 2  # tasks that are given out, for each thread of the cluster
-
-
-def check_client(client: Any) -> None:
-    """Refuse what is neither None nor a client of a cluster; and one whose calls are coroutines.
-
-    Raises
-    ------
-    ConfigError
-        It is, or distributed isn't installed.
-    """
-    if client is None:
-        return
-    try:
-        from distributed import Client
-    except ImportError as error:
-        msg = "client= wants dask.distributed, which isn't installed: actstore[distributed]"
-        raise ConfigError(msg) from error
-    if not isinstance(client, Client):
-        msg = f"client must be a dask.distributed.Client; got {client!r}"
-        raise ConfigError(msg)
-    if client.asynchronous:
-        msg = "client is asynchronous; give one that isn't: Client(address)"
-        raise ConfigError(msg)
 
 
 def chosen(

@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from uuid import uuid4
 
 from actstore.archive.jobs import Job, Written
+from actstore.clusters import memory_of
 from actstore.compaction.executing import fitting, write_shard
 from actstore.compaction.recipe import Recipe
 from actstore.errors import ActstoreError, ConfigError
@@ -150,11 +151,10 @@ class _Held:
 
 @dataclass(slots=True)
 class _Shelf:
-    """What this process holds, by the folder of the making; and its memory before the first."""
+    """What this process holds, by the folder of the making."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     held: dict[Path, _Held] = field(default_factory=dict)
-    before: int = 0
 
 
 _SHELF: Final = _Shelf()
@@ -193,41 +193,22 @@ def _close_idle(folder: Path, held: _Held) -> None:
 
 def _planned(making: Making) -> _Held:
     """Open and plan the logs, and let as many threads write as fit into memory."""
-    memory = _memory()
+    from distributed import get_worker
+
+    memory = memory_of(get_worker())
+    free = memory.free / 1e9
     with ExitStack() as stack:
         content, jobs = stack.enter_context(making.recipe.made())
         if content.fingerprint(jobs) != making.fingerprint:
             raise _refused("it plans other shards; is another version of actstore there?")
         try:
-            threads = fitting(jobs, memory.threads, min(making.gigabytes, memory.gigabytes))
+            threads = fitting(jobs, memory.threads, min(making.gigabytes, free))
         except ConfigError as error:
             msg = (
                 f"its memory limit of {memory.limit / 1e9:.2f} GB leaves "
-                f"{max(memory.gigabytes, 0):.2f} GB beside what the process has; {error}, or "
+                f"{max(free, 0):.2f} GB beside what the process has; {error}, or "
                 "start workers with more"
             )
             raise _refused(msg) from error
         pool = ThreadPoolExecutor(threads, "actstore-compact")
         return _Held({job.file: job for job in jobs}, pool, stack.pop_all())
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """Of a worker: its threads, its limit in bytes (0: none), and the GB that are free in it."""
-
-    threads: int
-    limit: int
-    gigabytes: float
-
-
-def _memory() -> _Memory:
-    """Give what the worker may take, up to where dask lets it begin no more tasks."""
-    from distributed import get_worker
-
-    worker: Any = get_worker()
-    if not _SHELF.before:
-        _SHELF.before = worker.monitor.get_process_memory()
-    limit = worker.memory_manager.memory_limit or 0
-    pause = worker.memory_manager.memory_pause_fraction or 1.0
-    free = (pause * limit - _SHELF.before) / 1e9 if limit else float("inf")
-    return _Memory(worker.state.nthreads, limit, free)
