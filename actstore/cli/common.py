@@ -118,7 +118,7 @@ def cluster(address: str | None) -> Iterator[Any]:
         msg = "--scheduler wants dask.distributed, which isn't installed: actstore[distributed]"
         raise ConfigError(msg) from error
     try:
-        client = Client(address)
+        client = Client(address)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         msg = f"no dask scheduler answers at {address!r}: {error}"
         raise ConfigError(msg) from error

@@ -110,6 +110,7 @@ class Cluster:
             self.gigabytes,
         )
         making.folder.mkdir(parents=True)
+        making.token.touch()
         try:
             for mine, attempt, found in _Tasks(self.client, making).run(batches(jobs)):
                 for job, written in zip(mine, found, strict=True):
@@ -119,6 +120,7 @@ class Cluster:
                     yield job, written
                 shutil.rmtree(making.folder / attempt)
         finally:
+            making.token.unlink(missing_ok=True)  # a worker that still writes an attempt removes it itself
             shutil.rmtree(attempts, ignore_errors=True)
 
 
@@ -164,6 +166,7 @@ class _Tasks:
             batch = next(waiting, None)
             if batch is None:
                 break
+            self._check_client()
             files = [job.file for job in batch]
             future = self._client.submit(
                 write, self._making, files, pure=False, key=f"actstore-compact-{uuid4().hex}"
@@ -174,15 +177,18 @@ class _Tasks:
 
     def _look(self) -> None:
         """Count the cluster's threads; give up when there have been none for long."""
-        if self._client.status not in ("running", "connecting"):
-            msg = f"the client of the cluster is {self._client.status}"
-            raise WorkerError(msg)
+        self._check_client()
         threads = sum(self._client.nthreads().values())
         self._looked = now = time.monotonic()
         if threads:
             self._threads, self._alive = threads, now
         elif now - self._alive > PATIENCE:
             msg = f"the cluster has had no worker for {PATIENCE:.0f} seconds; start some"
+            raise WorkerError(msg)
+
+    def _check_client(self) -> None:
+        if self._client.status not in ("running", "connecting"):
+            msg = f"the scheduler is gone, or the client was closed: it is {self._client.status}"
             raise WorkerError(msg)
 
     def _result(self, future: Any) -> tuple[str, list[Written]] | None:

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -62,6 +62,11 @@ class Making:
     folder: Path
     gigabytes: float
 
+    @property
+    def token(self) -> Path:
+        """A file that is there as long as the client wants what is written."""
+        return self.folder / "wanted"
+
 
 def stamps_of(paths: Sequence[Path]) -> tuple[Stamp, ...]:
     """Give what tells logs from others."""
@@ -94,7 +99,7 @@ def write(making: Making, wanted: Sequence[str]) -> tuple[str, list[Written]]:
             attempt.mkdir()
             return attempt.name, held.pool.submit(_write, held, making, wanted, attempt).result()
     except BaseException as error:
-        shutil.rmtree(attempt, ignore_errors=True)
+        _remove(attempt, making)
         if isinstance(error, OSError) and not isinstance(error, ActstoreError | WorkerError):
             raise _refused(str(error)) from error
         raise
@@ -103,10 +108,18 @@ def write(making: Making, wanted: Sequence[str]) -> tuple[str, list[Written]]:
 def _write(held: _Held, making: Making, wanted: Sequence[str], attempt: Path) -> list[Written]:
     found = []
     for file in wanted:
-        if not attempt.is_dir():
-            raise _refused("the compaction was ended")
         found.append(write_shard(held.jobs[file], attempt, making.profile))
+        if not making.token.exists():
+            raise _refused("the compaction was ended")
     return found
+
+
+def _remove(attempt: Path, making: Making) -> None:
+    """Remove an attempt, and the folders around it if the client has done so too."""
+    shutil.rmtree(attempt, ignore_errors=True)
+    with suppress(OSError):  # as long as the client is there, they aren't empty
+        making.folder.rmdir()
+        making.folder.parent.rmdir()
 
 
 def _refused(why: str) -> WorkerError:
@@ -116,7 +129,7 @@ def _refused(why: str) -> WorkerError:
 def _check_files(making: Making) -> None:
     """Refuse where the files here aren't those that the client sees."""
     shared = "logs and archive must be on a file system that all workers see by the same paths"
-    if not making.folder.is_dir():
+    if not making.token.exists():
         raise _refused(f"it doesn't see the client's folder {making.folder}; {shared}")
     for stamp in making.stamps:
         try:

@@ -36,7 +36,7 @@ def cluster_of(
         n_workers=workers,
         threads_per_worker=threads,
         memory_limit=memory,
-        dashboard_address=None,
+        dashboard_address=":0",  # else it wants 8787
         silence_logs=logging.CRITICAL,
         **options,
     ) as cluster:
