@@ -5,6 +5,8 @@ dask.distributed is imported by these functions alone, when a cluster is there o
 
 from __future__ import annotations
 
+import ctypes
+import os
 import socket
 import sys
 from dataclasses import dataclass
@@ -13,6 +15,11 @@ from typing import Any, Final
 from actstore.errors import ConfigError
 
 __all__ = ["Memory", "check_client", "default_client", "memory_of"]
+
+#: Of glibc's ``mallopt``, and bytes: what is freed of an arena and kept, and which arrays are
+#: taken from there. Ours are of one to a few MiB.
+_TRIM_THRESHOLD, _KEPT = -1, 64 << 20
+_MMAP_THRESHOLD, _LARGEST = -3, 8 << 20
 
 
 def check_client(client: Any) -> None:
@@ -73,8 +80,23 @@ _BEFORE: Final = _Before()
 
 def memory_of(worker: Any) -> Memory:
     """Give the memory of the worker that this process is, when it has imported all it needs."""
+    _keep_freed_memory()
     _BEFORE.nbytes = _BEFORE.nbytes or worker.monitor.get_process_memory()
     limit = worker.memory_manager.memory_limit or 0
     pause = worker.memory_manager.memory_pause_fraction or 1.0
     free = pause * limit - _BEFORE.nbytes if limit else float("inf")
     return Memory(socket.gethostname(), worker.state.nthreads, limit, free)
+
+
+def _keep_freed_memory() -> None:
+    """Let a worker use freed memory again.
+
+    Dask's nanny tells malloc to give it back at once; every array of a MiB then begins with 256
+    page faults, and a compaction took 2.5 times as long.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # only glibc has it
+        mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, _KEPT)

@@ -120,7 +120,8 @@ class Cluster:
                     yield job, written
                 shutil.rmtree(making.folder / attempt)
         finally:
-            making.token.unlink(missing_ok=True)  # a worker that still writes an attempt removes it itself
+            # a worker that still writes sees that, and removes its attempt itself
+            making.token.unlink(missing_ok=True)
             shutil.rmtree(attempts, ignore_errors=True)
 
 

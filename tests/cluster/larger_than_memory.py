@@ -11,7 +11,8 @@ import numpy as np
 import xarray as xr
 from distributed import Client
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "archive")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
 from clusters import cluster_of, processes
 from logs import LogBuilder, axis
 
