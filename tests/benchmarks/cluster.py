@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,8 @@ sys.path[:0] = [
 ]
 
 import compaction
-from clusters import cluster_of
+import psutil
+from clusters import cluster_of, processes
 from distributed import Client
 from logs import files_of
 from machine import machine
@@ -42,8 +44,22 @@ from actstore.compaction.recipe import OfLogs
 WORKERS = (1, 2)
 
 
-def measure(folder: Path, passes: int, rounds: int) -> dict[str, list[float]]:
-    """Compact by threads and by workers in turn; give the seconds of each.
+@dataclass(frozen=True)
+class Took:
+    """The seconds of the clock, and of processors: of this process and the workers."""
+
+    clock: float
+    processor: float
+
+
+def processor(processes: Sequence[int]) -> float:
+    """Give the seconds that processes have had of processors."""
+    times = [psutil.Process(one).cpu_times() for one in processes]
+    return sum(one.user + one.system for one in times)
+
+
+def measure(folder: Path, passes: int, rounds: int) -> dict[str, list[Took]]:
+    """Compact by threads and by workers in turn; give what each took.
 
     Raises
     ------
@@ -52,20 +68,23 @@ def measure(folder: Path, passes: int, rounds: int) -> dict[str, list[float]]:
     """
     os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
     log, out = compaction.make_log(folder / "run.stream", passes), folder / "a.zarr"
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Took]] = {}
     with ExitStack() as stack:
         ways: dict[str, Callable[[], Any]] = {}
+        busy: dict[str, list[int]] = {}
         for count in WORKERS:
             cluster = stack.enter_context(cluster_of(count))
             client = stack.enter_context(Client(cluster, set_as_default=False))
             ways[f"threads {count}"] = partial(actstore.compact, log, out, workers=count)
             ways[f"workers {count}"] = partial(actstore.compact, log, out, client=client)
+            busy[f"threads {count}"] = [os.getpid()]
+            busy[f"workers {count}"] = [os.getpid(), *processes(client)]
         wanted: dict[str, bytes] = {}
         for number in range(rounds + 1):
             for name, way in ways.items():
-                began = time.perf_counter()
+                cpu, began = processor(busy[name]), time.perf_counter()
                 way()
-                took = time.perf_counter() - began
+                took = Took(time.perf_counter() - began, processor(busy[name]) - cpu)
                 if number:  # the first warms up
                     found.setdefault(name, []).append(took)
                 else:
@@ -80,7 +99,8 @@ def two_workers(folder: Path, passes: int = 256, rounds: int = 5) -> tuple[float
 
     The ratios are of the medians.
     """
-    took = {name: median(one) for name, one in measure(folder, passes, rounds).items()}
+    found = measure(folder, passes, rounds)
+    took = {name: median(one.clock for one in mine) for name, mine in found.items()}
     gigabytes = passes * compaction.PASS_BYTES / 1e9
     return (
         took["workers 1"] / took["workers 2"],
@@ -105,15 +125,19 @@ def parts(log: Path, folder: Path) -> dict[str, float]:
     return {"open and plan": planned, "fingerprint": marked, "a shard alone": alone}
 
 
-def table(found: dict[str, list[float]], nbytes: int) -> str:
+def table(found: dict[str, list[Took]], nbytes: int) -> str:
     """Give what was measured as a table."""
-    one = {name.split()[0]: took for name, took in found.items() if name.endswith(" 1")}
-    lines = ["| | seconds (least to most) | GB/s | of one |", "|---|---|---|---|"]
-    for name, took in found.items():
-        first = median(one[name.split()[0]])
+    clocks = {name: [one.clock for one in mine] for name, mine in found.items()}
+    lines = [
+        "| | seconds (least to most) | GB/s | of one | processor, s/GB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, mine in clocks.items():
+        took, first = median(mine), median(clocks[f"{name.split()[0]} 1"])
+        each = median(one.processor for one in found[name]) / nbytes * 1e9
         lines.append(
-            f"| {name} | {median(took):.2f} ({min(took):.2f} to {max(took):.2f}) | "
-            f"{nbytes / 1e9 / median(took):.2f} | {first / median(took):.2f} × |"
+            f"| {name} | {took:.2f} ({min(mine):.2f} to {max(mine):.2f}) | "
+            f"{nbytes / 1e9 / took:.2f} | {first / took:.2f} × | {each:.2f} |"
         )
     return "\n".join(lines)
 
