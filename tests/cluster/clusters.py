@@ -84,10 +84,12 @@ def kill_one_of_four(folder: Path, kills: int, seed: int = 0) -> Killed:
     with small_shards(), cluster_of(4, small=True) as cluster, Client(cluster) as client:
         whole = actstore.compact(log, folder / "whole.zarr").path
         wanted = files_of(whole)
-        began = time.monotonic()
-        actstore.compact(log, folder / "warm.zarr", client=client)
-        took = time.monotonic() - began
-        assert files_of(folder / "warm.zarr") == wanted
+        took = 0.0
+        for name in ("cold", "warm"):  # the first has workers import what they need
+            began = time.monotonic()
+            actstore.compact(log, folder / f"{name}.zarr", client=client)
+            took = time.monotonic() - began
+            assert files_of(folder / f"{name}.zarr") == wanted
         while struck < kills:
             client.wait_for_workers(4)
             out, number = folder / f"{number}.zarr", number + 1
