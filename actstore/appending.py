@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,12 @@ from actstore.archive.coordinates import RUN, STRING, Coordinate, prefix_of
 from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Read
 from actstore.archive.reading import ShardedRows
+from actstore.clusters import check_client
 from actstore.compaction import CompactionReport, Pathlike, Progress
+from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Content, dense_jobs, ragged_jobs
-from actstore.compaction.executing import Threads, check_workers, fitting
-from actstore.compaction.logs import Reader, element_reader, opened, row_reader
+from actstore.compaction.executing import check_workers
+from actstore.compaction.logs import Reader, element_reader, opened, paths_of, row_reader
 from actstore.compaction.writing import write_archive
 from actstore.errors import ArchiveError, ConfigError
 from actstore.stream import summary
@@ -45,6 +48,7 @@ def append(
     tokenizer: Any = None,
     workers: int = 2,
     max_memory_gb: float = 1.0,
+    client: Any = None,
     progress: Progress | None = None,
 ) -> CompactionReport:
     """Append later logs to an archive, which has their rows behind its own afterwards.
@@ -59,7 +63,7 @@ def append(
         Logs of other runs of the same model, with the same layers.
     archive : path
         An archive on a local disk; it keeps its name and its profile.
-    tokenizer, workers, max_memory_gb, progress
+    tokenizer, workers, max_memory_gb, client, progress
         As for `compact`.
 
     Returns
@@ -80,21 +84,35 @@ def append(
     """
     began = time.monotonic()
     check_workers(workers)
+    check_client(client)
     place = files.existing(archive, "append").absolute()
     _Old.open(place)  # refuses what is none before anything is made beside it
     with only_writer(place):
         old = _Old.open(place)
         grown = place.with_name(f".{place.name}.grown")
         shutil.rmtree(grown, ignore_errors=True)  # of a call that was killed before its last step
-        with opened(streams, None, None) as reader:
-            content, jobs = _together(old, Content.of(reader, tokenizer), reader)
-            threads = Threads(fitting(jobs, workers, max_memory_gb))
+        recipe = _Growth(tuple(path.absolute() for path in paths_of(streams)), place)
+        with recipe.made(tokenizer) as (content, jobs):
+            executor = chosen(client, recipe, content, jobs, workers, max_memory_gb)
             made = write_archive(
-                content, jobs, grown, old.attributes["profile"], threads, progress
+                content, jobs, grown, old.attributes["profile"], executor, progress
             )
         files.exchange(grown, place)
         shutil.rmtree(grown)
     return CompactionReport(path=place, seconds=time.monotonic() - began, **made)
+
+
+@dataclass(frozen=True, slots=True)
+class _Growth:
+    """Makes the grown archive of logs and the archive as it was; a `Recipe`."""
+
+    paths: tuple[Path, ...]
+    archive: Path
+
+    @contextmanager
+    def made(self, tokenizer: Any = None) -> Iterator[tuple[Content, list[Job]]]:
+        with opened(self.paths, None, None) as reader:
+            yield _together(_Old.open(self.archive), Content.of(reader, tokenizer), reader)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -376,9 +376,14 @@ class _Elements(BackendArray):
         return found[0] if isinstance(key[0], int | np.integer) else found
 
 
-@lru_cache(maxsize=8)
 def _reopened(path: Path) -> tuple[StreamReader, layout.Plan]:
     """Open a log in another process; its arrays share the reader."""
+    said = path.stat()
+    return _planned(path, said.st_size, said.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _planned(path: Path, _size: int, _mtime: int) -> tuple[StreamReader, layout.Plan]:
     reader = open_stream(path)
     return reader, plan_log(reader)
 

@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from actstore.accessor import TokenAxis, token_axes
-from actstore.analysis.engine import Budget, compute, later, reduced
+from actstore.analysis.engine import Budget, Mask, compute, later, reduced
 from actstore.analysis.moments import cosines, row_squares
 from actstore.analysis.source import Source, blocks_of, flat, labelled, source_of, sources
 from actstore.errors import ConfigError
@@ -65,7 +65,7 @@ def token_norms(
         layers.append(
             [
                 [
-                    work(part, source.keep[number, task * piece :][:task], block)
+                    work(part, Mask(source.keep[number, task * piece :][:task]), block)
                     for piece, part in enumerate(source.parts(place, task))
                 ]
                 for number, place in enumerate(source.places)
@@ -131,7 +131,7 @@ def layer_change(
     block, task = source.grid(budget)
     work = later(_changes)
     pieces = [
-        work(part, source.keep[:, task * piece :][:, :task], block)
+        work(part, Mask(source.keep[:, task * piece :][:, :task]), block)
         for piece, part in enumerate(source.parts(slice(None), task))
     ]
     values = np.concatenate(compute(pieces, budget), axis=1)
@@ -230,7 +230,7 @@ def top_activations(
     ranks = min(k, max(int(keep.sum()), 1))
     work = later(partial(_top, columns=places, ranks=ranks))
     parts = (
-        work(part, keep[task * piece :][:task], block, task * piece)
+        work(part, Mask(keep[task * piece :][:task]), block, task * piece)
         for piece, part in enumerate(source.parts(source.places[number], task))
     )
     top: _Top = compute(reduced(parts, _merge_top), budget)

@@ -25,6 +25,7 @@ __all__ = ["Source", "blocks_of", "flat", "labelled", "source_of", "sources"]
 _BLOCK_BYTES: Final = 3 << 20
 _LEAST_ROWS: Final = 32  # of a block, where a row is wide
 _TASK_BYTES: Final = 64 << 20
+_MOST_TASKS: Final = 1 << 16  # of a variable: a scheduler keeps a few kB of each
 _COPIES: Final = 8  # of a block: read, picked, widened, and what is made of it
 
 
@@ -122,7 +123,8 @@ class Source:
             raise ConfigError(self._too_large(chunk, budget))
         wanted = max(_BLOCK_BYTES // self.row_bytes, _LEAST_ROWS, rows)
         block = max(min(wanted, most) // chunk, 1) * chunk
-        task = max(shard, _TASK_BYTES // self.row_bytes, block)
+        fewest = len(self.places) * self.rows // _MOST_TASKS
+        task = max(shard, _TASK_BYTES // self.row_bytes, block, fewest)
         return block, -(-task // max(shard, block)) * max(shard, block)
 
     def _too_large(self, chunk: int, budget: Budget) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from actstore.analysis.engine import Budget, compute, later
+from actstore.analysis.engine import Budget, Mask, compute, later
 from actstore.analysis.source import Source, blocks_of, labelled, source_of
 from actstore.errors import ConfigError
 
@@ -196,7 +196,8 @@ def _over_layers(source: Source, budget: Budget, components: int | None) -> list
     for number, place in enumerate(source.places):
         sums = None
         for piece, part in enumerate(source.parts(place, task)):
-            sums = work(sums, part, source.keep[number, task * piece :][:task], block)
+            mask = Mask(source.keep[number, task * piece :][:task])
+            sums = work(sums, part, mask, block)
         layers.append(finish(sums, *(() if components is None else (components,))))
     found: list[Any] = compute(layers, budget)
     return found

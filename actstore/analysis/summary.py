@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from actstore.analysis import sketch
-from actstore.analysis.engine import Budget, compute, later, reduced
+from actstore.analysis.engine import Budget, Mask, compute, later, reduced
 from actstore.analysis.moments import State, merge_states, state_of
 from actstore.analysis.source import Source, labelled, source_of, sources
 from actstore.errors import ConfigError
@@ -207,7 +207,7 @@ def _states(
         for number, place in enumerate(source.places):
             keep = source.keep[number]
             parts = (
-                work(part, keep[task * piece :][:task], block)
+                work(part, Mask(keep[task * piece :][:task]), block)
                 for piece, part in enumerate(source.parts(place, task))
             )
             layers.append(reduced(parts, merge_states))

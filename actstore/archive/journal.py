@@ -20,7 +20,12 @@ from actstore import files
 from actstore.archive.jobs import Written
 from actstore.errors import ActstoreError, ArchiveError
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "attempts_of"]
+
+
+def attempts_of(folder: Path) -> Path:
+    """Give where shards lie that other processes write, beside the folder that they are for."""
+    return folder.with_name(f"{folder.name.removesuffix('.partial')}.attempts")
 
 
 class Journal:
@@ -66,6 +71,7 @@ class Journal:
         self._take()
         try:
             self._check_target()
+            shutil.rmtree(attempts_of(self.folder), ignore_errors=True)  # of one that was killed
             if not self._resume():
                 self._begin()
         except BaseException:

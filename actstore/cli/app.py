@@ -20,8 +20,10 @@ from actstore.cli.common import (
     Order,
     Precisions,
     Profile,
+    Scheduler,
     Workers,
     app,
+    cluster,
     command,
 )
 from actstore.cli.output import DAMAGED, Output
@@ -211,11 +213,13 @@ def stats(
     ] = False,
     workers: Workers = 2,
     max_memory_gb: Memory = 1.0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Read all values once: mean, spread, extremes, zeros, and what is not finite."""
     from actstore.cli import looking
 
-    looking.stats(out, path, variable, each=each, workers=workers, max_memory_gb=max_memory_gb)
+    with cluster(scheduler):  # which dask computes by from here on
+        looking.stats(out, path, variable, each=each, workers=workers, max_memory_gb=max_memory_gb)
 
 
 @command("verify", "actstore verify run.stream", "actstore verify run.zarr --against run.stream")
@@ -277,9 +281,10 @@ def recover(
     "actstore compact run.stream run.zarr",
     "actstore compact run.stream small.zarr --precision nmse=2e-4",
 )
-def compact(
+def compact(  # noqa: PLR0913 - options of a command, each by its name
     out: Output,
     logs: Logs,
+    *,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The archive: run.zarr.")],
     profile: Annotated[
         Profile,
@@ -288,6 +293,7 @@ def compact(
     precision: Precisions = None,
     workers: Workers = 2,
     max_memory_gb: Memory = 1.0,
+    scheduler: Scheduler = None,
     remove_logs: Annotated[
         bool,
         typer.Option(
@@ -300,6 +306,7 @@ def compact(
     from actstore.cli import capturing, screens
 
     with (
+        cluster(scheduler) as client,
         capturing.going_on(f"{target} is not there yet; the same command goes on"),
         out.progress(f"compact {target.name}") as progress,
     ):
@@ -310,6 +317,7 @@ def compact(
             precision=capturing.precisions(precision),
             workers=workers,
             max_memory_gb=max_memory_gb,
+            client=client,
             remove_logs=remove_logs,
             progress=progress,
         )
@@ -323,17 +331,24 @@ def append(
     archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="It has their rows, too.")],
     workers: Workers = 2,
     max_memory_gb: Memory = 1.0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Bring later logs of the same model into an archive."""
     import actstore
     from actstore.cli import capturing, screens
 
     with (
+        cluster(scheduler) as client,
         capturing.going_on(f"{archive} is as it was; the same command goes on"),
         out.progress(f"append to {archive.name}") as progress,
     ):
         found = actstore.append(
-            logs, archive, workers=workers, max_memory_gb=max_memory_gb, progress=progress
+            logs,
+            archive,
+            workers=workers,
+            max_memory_gb=max_memory_gb,
+            client=client,
+            progress=progress,
         )
     out.result({**_line_of(found), "ratio": found.ratio}, lambda _: screens.compacted(found))
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -15,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from actstore.cli.output import FAILED, INTERRUPTED, Output
-from actstore.errors import ActstoreError
+from actstore.errors import ActstoreError, ConfigError
 
 __all__ = [
     "Codec",
@@ -31,8 +32,10 @@ __all__ = [
     "Order",
     "Precisions",
     "Profile",
+    "Scheduler",
     "Workers",
     "app",
+    "cluster",
     "command",
 ]
 
@@ -103,6 +106,26 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Callab
     return register
 
 
+@contextmanager
+def cluster(address: str | None) -> Iterator[Any]:
+    """Give a client of the dask cluster that has this address; None of none."""
+    if address is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        msg = "--scheduler wants dask.distributed, which isn't installed: actstore[distributed]"
+        raise ConfigError(msg) from error
+    try:
+        client = Client(address)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        msg = f"no dask scheduler answers at {address!r}: {error}"
+        raise ConfigError(msg) from error
+    with client:
+        yield client
+
+
 class Dtype(Enum):
     """What a model is loaded in."""
 
@@ -162,6 +185,10 @@ Layers = Annotated[
 ]
 Memory = Annotated[float, typer.Option(metavar="GB", help="Memory, at most.")]
 Workers = Annotated[int, typer.Option(metavar="N", help="Threads.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Of a dask cluster, such as tcp://host:8786."),
+]
 Dim = Annotated[
     str | None, typer.Option("--dim", metavar="NAME", help="The token axis, where there are two.")
 ]

@@ -14,9 +14,12 @@ from typing import Any, Final
 
 from actstore import files, markup
 from actstore.archive import shards
-from actstore.compaction.content import Content, Wanted
-from actstore.compaction.executing import Threads, check_workers, fitting
-from actstore.compaction.logs import Pathlike, opened, paths_of
+from actstore.clusters import check_client
+from actstore.compaction.cluster import chosen
+from actstore.compaction.content import Wanted
+from actstore.compaction.executing import check_workers
+from actstore.compaction.logs import Pathlike, paths_of
+from actstore.compaction.recipe import OfLogs
 from actstore.compaction.writing import Progress, write_archive
 
 __all__ = ["CompactionReport", "Pathlike", "Progress", "compact"]
@@ -95,6 +98,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     dtypes: Mapping[str, str] | None = None,
     workers: int = _WORKERS,
     max_memory_gb: float = _MEMORY_GB,
+    client: Any = None,
     remove_logs: bool = False,
     progress: Progress | None = None,
 ) -> CompactionReport:
@@ -139,10 +143,17 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     shapes, dtypes : mapping, optional
         Of a log of ``llm-instrumentation``, which holds none: as for `open_stream`.
     workers : int
-        Threads, at most; each holds an encoded shard of about 64 MiB.
+        Threads, at most; each holds an encoded shard of about 64 MiB. On a cluster, workers have
+        as many as they were started with.
     max_memory_gb : float
         GB of memory, over what the process had, beside the tables of the logs and the labels of
-        the rows (about 130 bytes a row): fewer threads work where it allows no more.
+        the rows (about 130 bytes a row): fewer threads work where it allows no more. On a cluster
+        that of each worker, which its own limit may make less.
+    client : distributed.Client, optional
+        Of a dask cluster, whose workers write the shards, to the same bytes: logs and archive
+        must be on a file system that all of them see by the same paths. A worker that dies
+        changes nothing; when there has been none for a minute, an `ArchiveError` says so, and
+        the same call goes on.
     remove_logs : bool
         Remove the logs when the archive is whole, verified and on the disk.
     progress : callable, optional
@@ -169,11 +180,11 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     shards.check_profile(profile)
     check_workers(workers)
     files.check_new(target)
-    with opened(paths, shapes, dtypes) as reader:
-        content = Content.of(reader, tokenizer, precision)
-        mine = content.jobs(reader)
-        threads = Threads(fitting(mine, workers, max_memory_gb))
-        made = write_archive(content, mine, target, profile, threads, progress)
+    check_client(client)
+    recipe = OfLogs(tuple(path.absolute() for path in paths), shapes, dtypes, precision)
+    with recipe.made(tokenizer) as (content, mine):
+        executor = chosen(client, recipe, content, mine, workers, max_memory_gb)
+        made = write_archive(content, mine, target, profile, executor, progress)
     if remove_logs:
         for path in paths:
             path.unlink()

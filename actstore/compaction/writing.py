@@ -57,7 +57,7 @@ def write_archive(
             raise
         msg = (
             f"{target} could not be written: {error}; what is finished of it is kept in "
-            f"{making.folder.name} beside it: make room and do it again to go on, or remove "
+            f"{making.folder.name} beside it: mend that and do it again to go on, or remove "
             "that folder"
         )
         raise ArchiveError(msg) from error

@@ -1,0 +1,7 @@
+"""What a worker loads first: shards so small that a small log has many."""
+
+from __future__ import annotations
+
+from actstore.archive import grid
+
+grid.CHUNK_BYTES, grid.SHARD_BYTES = 1 << 12, 1 << 14
