@@ -277,7 +277,7 @@ def recover(
     "actstore compact run.stream run.zarr",
     "actstore compact run.stream small.zarr --precision nmse=2e-4",
 )
-def compact(
+def compact(  # noqa: PLR0913, PLR0917 - typer's way of options
     out: Output,
     logs: Logs,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The archive: run.zarr.")],
@@ -294,6 +294,14 @@ def compact(
             "--remove-logs", metavar="", help="Remove them when it is verified and durable."
         ),
     ] = False,
+    ranks: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="Of a run on several processes: all (none may be missing), common (passes that "
+            "all have) or given (of the logs that there are).",
+        ),
+    ] = "all",
 ) -> None:
     """Make an archive of logs; interrupted, the same command goes on where it was."""
     import actstore
@@ -312,6 +320,7 @@ def compact(
             max_memory_gb=max_memory_gb,
             remove_logs=remove_logs,
             progress=progress,
+            ranks=ranks,
         )
     out.result({**_line_of(found), "ratio": found.ratio}, lambda _: screens.compacted(found))
 

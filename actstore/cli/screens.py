@@ -21,6 +21,7 @@ from actstore.cli.drawing import (
     size,
     table,
 )
+from actstore.parallel import AXES
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -100,6 +101,10 @@ def _run(run: Mapping[str, Any]) -> str:
     parts = [str(run.get("run_id") or ""), str(run.get("created") or "")[:19].replace("T", " ")]
     if run.get("world_size", 1) > 1:
         parts.append(f"rank {run['rank']} of {run['world_size']}")
+    parallel = run.get("parallel")
+    if isinstance(parallel, dict):
+        parts += [f"{axis} {parallel[axis][0]} of {parallel[axis][1]}" for axis in AXES
+                  if axis in parallel and parallel[axis][1] > 1]  # fmt: skip
     return ", ".join(filter(None, parts))
 
 
