@@ -97,25 +97,40 @@ def _of_weights(models: Sequence[Instrumented]) -> Parallel | None:
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is None:
         return None
-    meshes = {}
+    meshes: dict[str, Any] = {}
     for one in models:
         for parameter in one.model.parameters():
             if isinstance(parameter, distributed.DTensor):
                 mesh = _root(parameter.device_mesh)
                 meshes[str(mesh)] = mesh
     if not meshes:
-        return None
+        return _of_stage(models)
     largest = max(meshes.values(), key=lambda mesh: int(mesh.size()))
-    if int(largest.size()) != torch.distributed.get_world_size():
-        msg = (
-            f"the weights are distributed over {largest}, {largest.size()} of "
-            f"{torch.distributed.get_world_size()} processes, and what the others are for it "
-            "doesn't say; tell instrument_model: parallel=actstore.Parallel(data=(place, size), "
-            "pipeline=..., tensor=...)"
-        )
-        raise ConfigError(msg)
+    _check_world(f"the weights are distributed over {largest}", int(largest.size()))
     places = _places(largest, _is_fsdp(one.given for one in models))
     return Parallel(places["data"], places["pipeline"], places["tensor"])
+
+
+def _of_stage(models: Sequence[Instrumented]) -> Parallel | None:
+    """Read which stage of a pipeline Transformers made of the models."""
+    stages = [getattr(one.model, "_pp_stage", None) for one in models]
+    rank, size = (getattr(stages[0], name, None) for name in ("pp_rank", "pp_size"))
+    if not isinstance(rank, int) or not isinstance(size, int):
+        return None
+    _check_world(f"the model is stage {rank} of a pipeline of {size}", size)
+    return Parallel(pipeline=(rank, size))
+
+
+def _check_world(what: str, size: int) -> None:
+    """Refuse a mesh that leaves processes out: what they are for isn't known."""
+    world = torch.distributed.get_world_size()
+    if size != world:
+        msg = (
+            f"{what}, {size} of {world} processes, and what the others are for it doesn't say; "
+            "tell instrument_model: parallel=actstore.Parallel(data=(place, size), pipeline=..., "
+            "tensor=...)"
+        )
+        raise ConfigError(msg)
 
 
 def _root(mesh: Any) -> Any:
