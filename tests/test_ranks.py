@@ -5,6 +5,7 @@ The logs are built from records here; `tests/capture/test_processes.py` has real
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -467,6 +468,38 @@ def test_a_layer_keeps_its_shard(shard: Shard) -> None:
 def test_parallel_refuses_what_it_can_not_mean(how: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         Parallel(**how)
+
+
+def test_a_mesh_beyond_all_measure_is_refused_at_once(tmp_path: Path) -> None:
+    vast = Parallel((0, 1 << 20), (0, 1 << 20), (0, 1 << 20), run_id="r")
+    log = write(tmp_path / "a.stream", vast)
+    refused(
+        [log], "missing: data 0 of 1048576, pipeline 0 of 1048576, tensor 1 of 1048576", "more"
+    )
+
+
+def test_the_command_unites_and_says_where_a_log_stands(mesh: list[Path], tmp_path: Path) -> None:
+    def actstore_(*given: object, code: int = 0) -> str:
+        command = [sys.executable, "-m", "actstore", *map(str, given)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    assert "pipeline 0 of 2, tensor 1 of 2" in " ".join(actstore_("info", mesh[1]).split())
+    target = tmp_path / "a.zarr"
+    short = write(tmp_path / "s.stream", Parallel((0, 1), (1, 2), (1, 2), run_id="r"), passes=2)
+    logs = [*mesh[:3], short]
+    assert "passes" in actstore_("compact", *logs, target, code=2)
+    actstore_("compact", *logs, target, "--ranks", "common")
+    wanted = actstore.compact(oracle_of(tmp_path, 1, passes=2), tmp_path / "wanted.zarr").path
+    assert_same(target, wanted)
+
+
+def test_a_log_of_the_vectors_says_its_part() -> None:
+    vectors = Path(__file__).parents[1] / "schemas" / "vectors" / "good"
+    with open_stream(vectors / "one-of-several.stream") as reader:
+        assert Parallel.of(reader.header) == Parallel(tensor=(1, 2), run_id="a run")
+        assert reader.layers["layer"].shard == Shard(-1, 3, 5)
 
 
 def test_a_log_says_where_it_stands(mesh: list[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -114,14 +115,15 @@ def _check_complete(members: Sequence[Member]) -> None:
     """Refuse a run of which processes are missing."""
     first = members[0].parallel
     there = {one.parallel.places for one in members}
-    every = itertools.product(*map(range, first.sizes))
-    missing = [places for places in every if places not in there]
-    if missing:
+    lacking = math.prod(first.sizes) - len(there)
+    if lacking:  # as many as a HEADER says: only those that are named are gone through
+        every = itertools.product(*map(range, first.sizes))
+        missing = itertools.islice((one for one in every if one not in there), _NAMED)
         pairs = [
             str(Parallel(*zip(places, first.sizes, strict=True)))  # type: ignore[arg-type]
-            for places in missing[:_NAMED]
+            for places in missing
         ]
-        more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        more = f"; and {lacking - _NAMED} more" if lacking > _NAMED else ""
         msg = (
             f"of run {first.run_id!r}, on a mesh of {_mesh(members[0])}, there are "
             f"{len(members)} logs; missing: {'; '.join(pairs)}{more}. Give the logs of all "

@@ -93,9 +93,9 @@ def decide(members: Sequence[Member], *, whole: bool) -> list[Part]:
     found: list[list[Part]] = []
     for mine in stages.values():
         holders: dict[str, list[int]] = {}
-        for one in mine:
-            for name in fired[one]:
-                holders.setdefault(name, []).append(one)
+        for number in mine:
+            for name in fired[number]:
+                holders.setdefault(name, []).append(number)
         parts = [_of_stage(*held, members, mine, apart, whole=whole) for held in holders.items()]
         found.append([part for several in parts for part in several])
     result = _of_stages(found, members, apart)
