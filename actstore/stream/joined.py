@@ -169,7 +169,7 @@ class JoinedReader:
             rows.append(row)
             parts.append(columns)
             seq += int(table.seq.max(initial=-1)) + 1
-            block += len(table.blocks)
+            block += one.block_count if isinstance(one, UnitedReader) else len(table.blocks)
             row += len(table)
         self._blocks: Integers = np.array(blocks, np.int64)
         self._rows: Integers = np.array(rows, np.int64)

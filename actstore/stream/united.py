@@ -1,18 +1,20 @@
 """Owns the logs of the processes that ran one model, read as one: layers unite, parts are joined.
 
 Whose packets a layer has is decided in ``parts.py``; here they become one table, whose rows are
-fetched from the logs that have them. A packet of several parts has no block: its bytes are put
-together when they are asked for.
+fetched from the logs that have them. Packets of parts that stand one behind the other in every log
+make a block, which is put together when it is asked for; any other is put together by itself.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,10 @@ from actstore.stream.table import COLUMNS, PacketTable
 __all__ = ["UnitedReader", "passes_of"]
 
 Integers = NDArray[np.int64]
+_NAMED: Final = 8
+#: Bytes of what is put together at once, and of what is kept of that.
+_JOINED_BYTES: Final = 1 << 23
+_KEPT_BYTES: Final = 1 << 26
 
 
 def passes_of(reader: Any) -> int:
@@ -41,16 +47,20 @@ class _Piece:
     Attributes
     ----------
     columns : mapping of str to numpy.ndarray
-        As `PacketTable` has them; ``alias_of`` is the row of the leader's table, or -1.
+        As `PacketTable` has them; ``alias_of`` is the row of the leader's table, or -1, and
+        ``block`` of packets of several parts which of the ``blocks``, or -1.
     rows : numpy.ndarray
         int64 [members, packets]: of each member the row of its table.
     part : Part
         The layer.
+    blocks : numpy.ndarray
+        int64: where runs of packets begin that stand one behind the other in every log, alike.
     """
 
     columns: Mapping[str, Integers]
     rows: Integers
     part: Part
+    blocks: Integers
 
 
 class UnitedReader:
@@ -100,6 +110,9 @@ class UnitedReader:
         infos = [replace(one.info, id=number, shard=None) for number, one in enumerate(parts)]
         self.layers: Mapping[str, LayerInfo] = MappingProxyType({one.name: one for one in infos})
         self._shapes: dict[tuple[int, ...], int] = {}
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._kept = 0
         self.table = self._table([self._piece(number, one) for number, one in enumerate(parts)])
 
     @property
@@ -116,8 +129,51 @@ class UnitedReader:
 
     def block(self, index: int) -> NDArray[np.uint8]:
         """Give the decoded bytes of a block of the table."""
+        if index >= self._own_blocks:
+            return self._joined_block(index)
         log = int(np.searchsorted(self._blocks, index, side="right")) - 1
         return self.readers[log].block(index - int(self._blocks[log]))
+
+    @property
+    def block_count(self) -> int:
+        """How many blocks the table names: the logs', and those that are put together."""
+        return int(self._joined_blocks[-1])
+
+    def _joined_block(self, index: int) -> NDArray[np.uint8]:
+        """Put together packets that stand one behind the other in every log; kept for a while."""
+        with self._lock:
+            found = self._cache.get(index)
+            if found is not None:
+                self._cache.move_to_end(index)
+                return found
+        number = int(np.searchsorted(self._joined_blocks, index, side="right")) - 1
+        piece, place = self._pieces[number], index - int(self._joined_blocks[number])
+        begin = int(piece.blocks[place])
+        end = (*piece.blocks.tolist(), piece.rows.shape[1])[place + 1]
+        shape = self._shape_list[int(piece.columns["shape"][begin])]
+        itemsize = dtypes.from_code(int(piece.columns["dtype"][begin])).itemsize
+        axis = len(shape) + piece.part.dim
+        inner = int(np.prod(shape[axis + 1 :], dtype=np.int64)) * itemsize
+        lines = int(np.prod(shape[:axis], dtype=np.int64)) * (end - begin)
+        out = np.empty((lines, shape[axis] * inner), np.uint8)
+        at = 0
+        for member, rows in zip(piece.part.members, piece.rows, strict=True):
+            table, row = self.readers[member].table, int(rows[begin])
+            width = table.shapes[int(table.shape[row])][axis] * inner
+            offset = int(table.offset[row])
+            data = self.readers[member].block(int(table.block[row]))
+            mine = data[offset : offset + lines * width]
+            out[:, at : at + width] = mine.reshape(lines, width)
+            at += width
+        joined = out.reshape(-1)
+        joined.flags.writeable = False
+        with self._lock:
+            if index not in self._cache:
+                self._cache[index] = joined
+                self._kept += joined.nbytes
+            while self._kept > _KEPT_BYTES and len(self._cache) > 1:
+                self._kept -= self._cache.popitem(last=False)[1].nbytes
+        return joined
 
     def resolve(self, packets: Integers) -> Integers:
         """Give, for rows of the table, those that hold the bytes, where these are in one log."""
@@ -167,9 +223,14 @@ class UnitedReader:
         if len(set(counts)) == 1 and not self._common:
             return counts[0]
         if not self._common:
-            told = ", ".join(
-                f"{one} has {count}" for one, count in zip(self._members, counts, strict=True)
-            )
+            most = max(counts)
+            fewer = [
+                f"{one} has {count}"
+                for one, count in zip(self._members, counts, strict=True)
+                if count < most
+            ]
+            told = ", ".join(fewer[:_NAMED]) + (", …" if len(fewer) > _NAMED else "")
+            told += f", of the {most} that {self._members[counts.index(most)]} has"
             msg = (
                 f"the logs of one run have different numbers of passes: {told}; a process that "
                 "died, or was resumed, has others than the rest. ranks='common' keeps those that "
@@ -277,10 +338,13 @@ class UnitedReader:
             columns["shape"] = self._joined_shapes(part, tables, rows)
             columns["nbytes"] = _sum(tables, rows, "nbytes")
             columns["encoded"] = _sum(tables, rows, "encoded")
-            columns["block"] = np.full(lead.size, -1, np.int64)
             aliases = np.all([t.alias_of[r] >= 0 for t, r in zip(tables, rows, strict=True)], 0)
             columns["alias_of"] = np.where(aliases, columns["alias_of"], -1)
-        return _Piece(columns, np.stack(rows) if rows else np.zeros((0, 0), np.int64), part)
+            columns["block"], starts = _runs(tables, rows, columns["nbytes"])
+            first = starts[columns["block"]] if starts.size else columns["block"]
+            columns["offset"] = (np.arange(lead.size) - first) * columns["nbytes"]
+            return _Piece(columns, np.stack(rows), part, starts)
+        return _Piece(columns, np.stack(rows), part, np.zeros(0, np.int64))
 
     def _matching(self, part: Part, rows: Sequence[Integers]) -> list[Integers]:
         """Give of each the packets that all have: the same firings of the same passes."""
@@ -375,6 +439,10 @@ class UnitedReader:
         self._pieces = list(pieces)
         counts = np.cumsum([0, *(len(one.table.blocks) for one in self.readers)])
         self._blocks: Integers = counts[:-1].astype(np.int64)
+        self._own_blocks = int(counts[-1])
+        joined = [self._own_blocks, *(one.blocks.size for one in pieces)]
+        self._joined_blocks: Integers = np.cumsum(joined, dtype=np.int64)
+        self._shape_list = tuple(self._shapes)
         empty = np.zeros(0, np.int64)
         column = {
             name: np.concatenate([empty, *(one.columns[name] for one in pieces)])
@@ -402,7 +470,8 @@ class UnitedReader:
             mine = mine[~several[mine]]
             self._back[log][row[mine]] = mine
         column["seq"] = np.arange(order.size, dtype=np.int64)
-        column["block"] = np.where(column["block"] >= 0, column["block"] + self._blocks[lead], -1)
+        base = np.where(several, self._joined_blocks[self._group], self._blocks[lead])
+        column["block"] = np.where(column["block"] >= 0, column["block"] + base, -1)
         column["part"] = np.zeros(order.size, np.int64)
         column["alias_of"] = self._aliases(column, lead, ever)
         places_of = tuple(place for one in self.readers for place in one.table.blocks)
@@ -438,6 +507,35 @@ def _sum(tables: Sequence[PacketTable], rows: Sequence[Integers], name: str) -> 
     found = [getattr(table, name)[mine] for table, mine in zip(tables, rows, strict=True)]
     total: Integers = np.sum(found, axis=0, dtype=np.int64)
     return total
+
+
+def _runs(
+    tables: Sequence[PacketTable], rows: Sequence[Integers], nbytes: Integers
+) -> tuple[Integers, Integers]:
+    """Give the runs of packets that stand one behind the other in every log, alike.
+
+    Returns
+    -------
+    (numpy.ndarray, numpy.ndarray)
+        int64: of each packet its run, -1 for one of several parts and for an alias; and the
+        first packet of each run.
+    """
+    count = nbytes.size
+    single, joined = np.ones(count, np.bool_), np.ones(max(count - 1, 0), np.bool_)
+    for table, mine in zip(tables, rows, strict=True):
+        single &= (table.parts[mine] == 1) & (table.alias_of[mine] < 0)
+        ends = table.offset[mine] + table.nbytes[mine]
+        joined &= table.offset[mine][1:] == ends[:-1]
+        for column in (table.block, table.shape, table.dtype):
+            joined &= column[mine][1:] == column[mine][:-1]
+    joined &= single[1:] & single[:-1]
+    heads = np.flatnonzero(np.concatenate([np.ones(min(count, 1), np.bool_), ~joined]))
+    sizes = np.diff(np.append(heads, count))
+    within = np.arange(count) - np.repeat(heads, sizes)
+    most = np.maximum(_JOINED_BYTES // np.maximum(nbytes, 1), 1)
+    begins = single & (within % most == 0)
+    starts = np.flatnonzero(begins).astype(np.int64)
+    return np.where(single, np.cumsum(begins, dtype=np.int64) - 1, -1), starts
 
 
 def _features(members: Sequence[Member]) -> dict[int, NDArray[np.uint32]]:
