@@ -415,6 +415,19 @@ def test_a_placeholder_gives_way_to_the_block_itself(tmp_path: Path) -> None:
         assert reader.piece(0, 0, 48).tobytes() == kept.tobytes()
 
 
+def test_parts_of_nobody_knows_what_are_refused(tmp_path: Path) -> None:
+    logs = []
+    for number in range(2):
+        log = LogBuilder(tmp_path / f"{number}.stream", run=str(number))
+        log.layer("act", shard=Shard(-1))
+        log.begin(axis(1, 3))
+        log.put("act", random_values((1, 3, 4), seed=number))
+        logs.append(log.close())
+    refused(logs, "'act'", "doesn't say among which")
+    with opened(logs[:1], None, None) as alone, opened(logs, None, None, "given") as both:
+        assert (len(alone.passes), len(both.passes)) == (1, 2)
+
+
 def test_logs_that_say_nothing_are_runs(tmp_path: Path) -> None:
     logs = oracle_of(tmp_path, 2)
     with warnings.catch_warnings(), opened(logs, None, None) as reader:

@@ -248,7 +248,7 @@ class Capture:
                 known_widths=run.widths,
                 crossings=self._crossings,
                 tokenizer=first.tokenizer,
-                sharding=Sharding(parallel) if parallel is not None else None,
+                sharding=Sharding(parallel or Parallel()),
                 flush_at_pass_end=not self._options.track_per_token,
             )
             self._track(run)

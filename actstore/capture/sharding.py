@@ -211,12 +211,13 @@ class Sharding:
         args : object
             What the module was given.
         """
-        if self._parallel.tensor[1] == 1:
+        distributed = whole is not local and hasattr(whole, "placements")
+        if self._parallel.tensor[1] == 1 and not distributed:
             return None
         rule = self._parallel.rule(name)
         if rule is not None:
             found = _by_rule(name, rule[0], local)
-        elif whole is not local and hasattr(whole, "placements"):
+        elif distributed:
             found = _by_placements(whole)
         else:
             found = _by_weight(module, tap, local) or self._by_input(module, tap, local, args)

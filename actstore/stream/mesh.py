@@ -53,8 +53,22 @@ def replicas(readers: Sequence[StreamReader], ranks: str) -> list[StreamReader |
     for number, reader in enumerate(readers):
         parallel = Parallel.of(reader.header)
         run = number if parallel is None else (parallel.run_id,)
+        if parallel is None and ranks != "given" and len(readers) > 1:
+            _check_undivided(reader)
         runs.setdefault(run, []).append(Member(reader, parallel or Parallel()))
     return [one for members in runs.values() for one in _replicas(members, ranks)]
+
+
+def _check_undivided(reader: StreamReader) -> None:
+    """Refuse a log, among others, that has parts of layers, but doesn't say where it stands."""
+    for name, info in reader.layers.items():
+        if info.shard is not None:
+            msg = (
+                f"layer {name!r} of {reader.path} is divided among processes, and its HEADER "
+                "doesn't say among which: capture with instrument_model(parallel=...). "
+                "ranks='given' takes each log as a run of its own"
+            )
+            raise ConfigError(msg)
 
 
 def _replicas(members: Sequence[Member], ranks: str) -> list[StreamReader | UnitedReader]:
