@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from actstore.grouping import group_statistics as group_statistics
     from actstore.importing import import_archive as import_archive
     from actstore.packets import packet_table as packet_table
+    from actstore.parallel import Parallel as Parallel
     from actstore.reporting.page import explore as explore
     from actstore.reporting.page import report as report
     from actstore.sharing import About as About
@@ -55,6 +56,7 @@ _HOMES = {
     "HookGranularity": "actstore.config",
     "InstrumentationConfig": "actstore.config",
     "InstrumentationFramework": "actstore.framework",
+    "Parallel": "actstore.parallel",
     "Precision": "actstore.archive.precision",
     "Privacy": "actstore.sharing",
     "add_coordinates": "actstore.enriching",
@@ -90,6 +92,7 @@ __all__ = [
     "HookGranularity",
     "InstrumentationConfig",
     "InstrumentationFramework",
+    "Parallel",
     "Precision",
     "Privacy",
     "add_coordinates",

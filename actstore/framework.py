@@ -15,6 +15,7 @@ from actstore import files
 from actstore.capture.memory import Memory
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import CaptureError, ConfigError
+from actstore.parallel import Parallel
 from actstore.stream import summary
 from actstore.stream.legacy import LegacyReader
 from actstore.stream.reader import open_stream
@@ -71,6 +72,8 @@ class InstrumentationFramework:
         hooks: HookConfig | None = None,
         tokenizer: Any = None,
         name: str | None = None,
+        *,
+        parallel: Parallel | None = None,
     ) -> None:
         """Register a model for the captures that follow; it is not touched before one begins.
 
@@ -86,6 +89,11 @@ class InstrumentationFramework:
             With ``decode([id])``: the log then holds the text of every token that is fed.
         name : str, optional
             What its layers are called by where several models are captured into one log.
+        parallel : Parallel, optional
+            Where this process stands among those that run the model, and which of its layers'
+            outputs are divided among them. By default what the device mesh of its weights says,
+            where these are distributed; a model that says nothing is a replica: its log's rows
+            come behind those of the other ranks.
 
         Raises
         ------
@@ -119,10 +127,13 @@ class InstrumentationFramework:
         if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
             msg = f"instrument_model wants a tokenizer with decode([id]); got {tokenizer!r}"
             raise ConfigError(msg)
+        if parallel is not None and not isinstance(parallel, Parallel):
+            msg = f"instrument_model wants parallel as an actstore.Parallel; got {parallel!r}"
+            raise ConfigError(msg)
         inner = unwrap(model)
         select(inner, self.config.granularity, hooks)  # raises where there is nothing to hook
         self._models[id(inner)] = Instrumented(
-            inner, hooks, tokenizer, self._named(inner, name), model
+            inner, hooks, tokenizer, self._named(inner, name), model, parallel
         )
 
     def _named(self, model: torch.nn.Module, name: str | None) -> str:

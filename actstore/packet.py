@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.parallel import Shard
+
 __all__ = [
     "MAIN_AXES",
     "Axis",
@@ -79,6 +81,8 @@ class LayerInfo:
         The index of its block in the stack of decoder blocks, or -1.
     kind : str
         The class of the module, for people.
+    shard : Shard or None
+        What this process has of its output, where others have the rest.
     """
 
     id: int
@@ -86,6 +90,7 @@ class LayerInfo:
     site: str
     block: int = -1
     kind: str = ""
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

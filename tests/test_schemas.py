@@ -14,6 +14,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
+import actstore
 from actstore import dtypes
 from actstore.archive import shards
 from actstore.archive.adding import add_arrays
@@ -241,7 +242,20 @@ def test_the_header_of_a_log_of_two_models_on_the_second_of_two_processes_is_val
     found = header(log)
     check("header", found)
     assert (found["rank"], found["world_size"]) == (1, 2)
+    assert "parallel" not in found
     assert [model["dtypes"] for model in found["models"]] == [{"float32": 244}, {}]
+
+
+@NOTHING_FIRED
+def test_the_header_of_a_log_of_one_process_of_several_is_valid(log: Path) -> None:
+    one = framework(max_memory_gb=1)
+    one.instrument_model(sequential(), parallel=actstore.Parallel(tensor=(1, 2), run_id="a run"))
+    with one.capture_activations(log):
+        pass
+    found = header(log)
+    check("header", found)
+    place = {"run": "a run", "data": [0, 1], "pipeline": [0, 1], "tensor": [1, 2]}
+    assert found["parallel"] == place
 
 
 # -- archives -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import actstore
 from actstore import codecs
 from actstore.config import InstrumentationConfig
 from actstore.errors import ConfigError
+from actstore.parallel import AXES, Parallel
 
 if TYPE_CHECKING:
     from actstore.capture.session import Instrumented
@@ -29,7 +30,10 @@ _SAME_CAPTURE = ("granularity", "sampling_rate", "sampling_seed", "outputs", "ro
 
 
 def describe(
-    models: Sequence[Instrumented], config: InstrumentationConfig, track_per_token: bool
+    models: Sequence[Instrumented],
+    config: InstrumentationConfig,
+    track_per_token: bool,
+    parallel: Parallel | None = None,
 ) -> dict[str, Any]:
     """Give the HEADER's attributes, but for the run's id and time."""
     rank, world_size = _rank()
@@ -51,7 +55,7 @@ def describe(
         "rank": rank,
         "world_size": world_size,
         "codecs": {str(number): entry for number, entry in codecs.CODECS.items()},
-    }
+    } | ({"parallel": parallel.header()} if parallel is not None else {})
 
 
 def _named_rows(rows: Any) -> str | None:
@@ -70,6 +74,8 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path
     ConfigError
         They differ; the text says in what.
     """
+    if before.get("parallel") is None:  # of before HEADERs said it
+        now = {name: value for name, value in now.items() if name != "parallel"}
     was, wanted = _identity(before), _identity(json.loads(json.dumps(now)))
     differing = [
         f"{name}: the log has {_short(was.get(name))}, this capture {_short(value)}"
@@ -93,6 +99,9 @@ def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in (model.get("config") or {}).items():
             if key not in _INCIDENTAL:
                 flat[f"model {number} config {key}"] = value
+    parallel = header.get("parallel")
+    if parallel is not None:
+        flat |= {f"place on the {axis} axis": parallel.get(axis) for axis in AXES}
     capture = header.get("capture", {})
     return flat | {name: capture.get(name) for name in _SAME_CAPTURE}
 

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,6 +35,7 @@ from actstore.capture.passes import (
     read_rows,
 )
 from actstore.capture.select import Stack, Target
+from actstore.capture.sharding import Sharding, local_of
 from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
 from actstore.packet import MAIN_AXES, Axis, LayerInfo
@@ -83,6 +85,8 @@ class Hooks:
         How packets of devices come to the host.
     tokenizer : object, optional
         With ``decode([id])``: texts of the ids that are fed.
+    sharding : Sharding, optional
+        Says which part of a layer's output this process has.
     flush_at_pass_end : bool
         Passes are where groups may be sealed; else only recorded tokens are.
 
@@ -109,6 +113,7 @@ class Hooks:
         known_widths: set[int] | None = None,
         crossings: Crossings | None = None,
         tokenizer: Any = None,
+        sharding: Sharding | None = None,
         flush_at_pass_end: bool = True,
     ) -> None:
         self.recomputed = 0
@@ -122,6 +127,8 @@ class Hooks:
         self._choice = choice or Choice()
         self._outputs = Outputs(stage, self._choice, known_widths, crossings)
         self._tokenizer = tokenizer
+        self._sharding = sharding
+        self._modules = {target.name: target for target in targets}
         self._texts: set[int] = set()
         self._unread: deque[FedAxis | Axis] = deque()  # whose texts are wanted
         self._flush = flush_at_pass_end
@@ -394,8 +401,13 @@ class Hooks:
         if self._forks != _forks:
             return
         self._waiting.discard(layer.info.name)
-        if tensor is None or not self._outputs.can_keep(layer, tensor):
+        whole = tensor
+        if tensor is not None and type(tensor) is not Tensor:
+            tensor = local_of(tensor)
+        if tensor is None or whole is None or not self._outputs.can_keep(layer, tensor):
             return
+        if self._sharding is not None and not layer.described:
+            self._describe(layer, whole, tensor, args)
         if self._pass is None:
             given = {f"*{i}": value for i, value in enumerate(args)}
             self._open_pass(layer.info.name, "token", given)
@@ -403,6 +415,15 @@ class Hooks:
         else:
             self._check_thread(layer.info.name)
         self._outputs.keep(layer, tensor, self._pass)
+
+    def _describe(self, layer: LayerState, whole: Tensor, local: Tensor, args: Any) -> None:
+        """Say which part of a layer's output is here, before the log describes it."""
+        info = layer.info
+        target = self._modules.get(info.name)
+        if self._sharding is not None:
+            module, tap = (target.module, target.tap) if target is not None else (None, "further")
+            shard = self._sharding.shard_of(info.name, module, tap, whole, local, args)
+            layer.info = replace(info, shard=shard)
 
     def _stop_if_done(self, module: nn.Module) -> None:
         """End the forward that a module fired in, when every layer has fired."""

@@ -242,8 +242,9 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
         if any(name.startswith(f"{path}." if path else "") for path in found):
             continue
         children = tuple(_uncompiled(child) for child in module.children())
-        if not children or any(not list(child.children()) for child in children):
-            continue
+        real = [child for child in children if not isinstance(child, nn.Identity)]
+        if not real or any(not list(child.children()) for child in real):
+            continue  # an Identity stands for a block that another process of a pipeline has
         alike = len({type(child) for child in children}) == 1
         repeated = isinstance(module, nn.Sequential) and len(children) > 1 and alike
         if isinstance(module, nn.ModuleList) or repeated:

@@ -42,11 +42,13 @@ from actstore.capture.select import (
     fused_experts,
     select,
 )
+from actstore.capture.sharding import Sharding, parallel_of
 from actstore.capture.stage import Stage
 from actstore.capture.tokens import Checkpoints, _TokenBoundaryTracker
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import ActstoreWarning, CaptureError, ConfigError
 from actstore.packet import TokenRecord
+from actstore.parallel import Parallel
 from actstore.stream import resume
 from actstore.stream.reader import open_stream
 from actstore.stream.sidecars import (
@@ -81,6 +83,8 @@ class Instrumented:
         What its layers are called by where a capture has several models.
     given : torch.nn.Module
         The model, or the wrapper that holds it.
+    parallel : Parallel or None
+        Where this process stands among those that run the model, as far as the user says.
     """
 
     model: nn.Module
@@ -88,6 +92,7 @@ class Instrumented:
     tokenizer: Any
     name: str
     given: nn.Module
+    parallel: Parallel | None = None
 
     @property
     def compiled(self) -> bool:
@@ -194,7 +199,8 @@ class Capture:
         granularity = self._config.granularity
         _check_alike(self._models)
         targets = _targets(self._models, granularity)
-        header = describe(self._models, self._config, self._options.track_per_token)
+        parallel = parallel_of(self._models)
+        header = describe(self._models, self._config, self._options.track_per_token, parallel)
         with ExitStack() as stack, place.telling(self._path):
             _claim_models(self._models, stack)
             # compiled code calls no hooks, or those that there were when it was compiled
@@ -242,6 +248,7 @@ class Capture:
                 known_widths=run.widths,
                 crossings=self._crossings,
                 tokenizer=first.tokenizer,
+                sharding=Sharding(parallel or Parallel()),
                 flush_at_pass_end=not self._options.track_per_token,
             )
             self._track(run)
@@ -496,11 +503,31 @@ def _targets(models: Sequence[Instrumented], granularity: HookGranularity) -> li
     targets = []
     for one in models:
         for target in select(one.model, granularity, one.hooks):
+            target = _counted(target, one)
             name, site = target.name, target.site
             if several:
                 name, site = _joined(one.name, name), f"{one.name}.{site}"
             targets.append(replace(target, name=name, site=site))
     return targets
+
+
+def _counted(target: Target, one: Instrumented) -> Target:
+    """Give a block's module of a pipeline's stage the name that it has in the whole model."""
+    first = one.parallel.first_block if one.parallel is not None else 0
+    if not first or target.block < 0:
+        return target
+    stacks = find_stacks(one.model)
+    stem = f"{stacks[0].path}." if stacks[0].path else ""
+    before = f"{stem}{target.block}"
+    if len(stacks) > 1 or not target.name.startswith(before):
+        msg = (
+            f"Parallel(first_block={first}) counts the blocks of one list of a stage; "
+            f"{type(one.model).__name__} has {len(stacks)}, and {target.name!r} in them: give its "
+            "blocks the names that they have in the whole model"
+        )
+        raise ConfigError(msg)
+    block = target.block + first
+    return replace(target, name=f"{stem}{block}{target.name[len(before) :]}", block=block)
 
 
 def _on_cores(models: Sequence[Instrumented]) -> bool:

@@ -300,6 +300,14 @@ def compact(  # noqa: PLR0913 - options of a command, each by its name
             "--remove-logs", metavar="", help="Remove them when it is verified and durable."
         ),
     ] = False,
+    ranks: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="Of a run on several processes: all (none may be missing), common (passes that "
+            "all have) or given (of the logs that there are).",
+        ),
+    ] = "all",
 ) -> None:
     """Make an archive of logs; interrupted, the same command goes on where it was."""
     import actstore
@@ -320,6 +328,7 @@ def compact(  # noqa: PLR0913 - options of a command, each by its name
             client=client,
             remove_logs=remove_logs,
             progress=progress,
+            ranks=ranks,
         )
     out.result({**_line_of(found), "ratio": found.ratio}, lambda _: screens.compacted(found))
 

@@ -21,6 +21,7 @@ from actstore.cli.drawing import (
     size,
     table,
 )
+from actstore.parallel import AXES
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -101,6 +102,10 @@ def _run(run: Mapping[str, Any]) -> str:
     parts = [str(run.get("run_id") or ""), str(run.get("created") or "")[:19].replace("T", " ")]
     if run.get("world_size", 1) > 1:
         parts.append(f"rank {run['rank']} of {run['world_size']}")
+    said = run.get("parallel")
+    places = [(axis, said.get(axis)) for axis in AXES] if isinstance(said, dict) else []
+    parts += [f"{axis} {place[0]} of {place[1]}" for axis, place in places
+              if isinstance(place, list) and len(place) == 2 and place != [0, 1]]  # fmt: skip
     return ", ".join(filter(None, parts))
 
 

@@ -101,6 +101,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     client: Any = None,
     remove_logs: bool = False,
     progress: Progress | None = None,
+    ranks: str = "all",
 ) -> CompactionReport:
     """Compact logs into a Zarr v3 archive, verified before it appears.
 
@@ -110,9 +111,12 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     Parameters
     ----------
     streams : path or sequence of paths
-        The log, or several of them (the ranks of a run, or different runs of a model). Rows are
-        in the order of the logs as they are given here, then pass, batch item, position; with
-        several, the coordinate ``run`` has the number of the log.
+        The log, or several of them (the ranks of a run, or different runs of a model). Logs whose
+        HEADERs say that they are of one run on a mesh are united: layers of a pipeline's stages
+        stand side by side, divided outputs are put together, the others are taken from the lowest
+        rank, and each data-parallel replica has its rows. Rows are in the order of the runs as
+        they are given here, then replica, pass, batch item, position; with several of these, the
+        coordinate ``run`` has their number. Logs that say nothing of a mesh are runs each.
     out : path
         The archive, a folder that must not exist; by custom ``name.zarr``.
     profile : {"balanced", "fast", "dense", "none"}
@@ -158,6 +162,10 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         Remove the logs when the archive is whole, verified and on the disk.
     progress : callable, optional
         Called with the bytes that are done and those that there are.
+    ranks : {"all", "common", "given"}
+        Of a run on a mesh: refuse it where a rank is missing, or has fewer passes than the
+        others; keep the passes and packets that all have; or that too, of the ranks that are
+        given: divided outputs that lack a part are then kept apart, as ``site@tensor0``.
 
     Returns
     -------
@@ -167,8 +175,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     Raises
     ------
     ConfigError
-        An argument can't be honoured; logs say different things of one layer; or a single row
-        needs more memory.
+        An argument can't be honoured; logs say different things of one layer; a rank is missing,
+        given twice, or disagrees with the others; or a single row needs more memory.
     ArchiveError
         ``out`` exists, can't be written, or what was written doesn't read back as the log has
         it.
@@ -181,7 +189,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     check_workers(workers)
     files.check_new(target)
     check_client(client)
-    recipe = OfLogs(tuple(path.absolute() for path in paths), shapes, dtypes, precision)
+    recipe = OfLogs(tuple(path.absolute() for path in paths), shapes, dtypes, precision, ranks)
     with recipe.made(tokenizer) as (content, mine):
         executor = chosen(client, recipe, content, mine, workers, max_memory_gb)
         made = write_archive(content, mine, target, profile, executor, progress)

@@ -37,9 +37,12 @@ def differences(
         What of the archive differs, and how. Texts are not compared: a tokenizer may have given
         them.
     """
-    with opened(streams, shapes, dtypes) as reader:
+    attributes = store.read_attributes(folder)
+    logs = attributes.get("provenance", {}).get("logs", ())
+    ranks = next((one["ranks"] for one in logs if "ranks" in one), "all")
+    with opened(streams, shapes, dtypes, ranks) as reader:
         plan = plan_log(reader)
-        said = store.read_attributes(folder).get("precision", {})
+        said = attributes.get("precision", {})
         precision = {name: Precision.parse(one) for name, one in said.items()}
         mine = list(shards_of(reader, plan, precision))
         done, total = 0, sum(job.raw_bytes for job in mine)

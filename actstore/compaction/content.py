@@ -21,6 +21,7 @@ from actstore.archive.precision import Precision
 from actstore.compaction.logs import (
     Reader,
     element_reader,
+    headers_of,
     logs_of,
     plan_log,
     row_reader,
@@ -46,7 +47,7 @@ class Content:
     tables : mapping of str to mapping of str to numpy.ndarray
         The columns of the groups ``tokens`` and ``passes``.
     runs : tuple of mapping
-        The HEADER of each log.
+        The HEADER of each log; of logs that are united, the first one's.
     logs : tuple of mapping
         What ``provenance`` says of each.
     analysis : mapping
@@ -63,7 +64,13 @@ class Content:
     precision: Mapping[str, Precision] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, reader: Reader, tokenizer: Any = None, precision: Wanted = None) -> Content:
+    def of(
+        cls,
+        reader: Reader,
+        tokenizer: Any = None,
+        precision: Wanted = None,
+        ranks: str = "all",
+    ) -> Content:
         """Plan the archive of a log, or of several."""
         plan, logs, runs = plan_log(reader, tokenizer), logs_of(reader), runs_of(reader)
         return cls(
@@ -72,7 +79,7 @@ class Content:
                 "tokens": token_columns(reader.tokens, runs),
                 "passes": pass_columns(reader.passes, runs),
             },
-            tuple(dict(one.header) for one in logs),
+            headers_of(reader),
             tuple(
                 {
                     "name": one.path.name,
@@ -80,9 +87,12 @@ class Content:
                     "bytes": one.file_bytes,
                     "complete": one.complete,
                 }
+                | ({"parallel": one.header["parallel"]} if "parallel" in one.header else {})
+                | ({"ranks": ranks} if ranks != "all" else {})
                 for one in logs
             ),
-            summary.merge([summary.summarise(one) for one in logs]),
+            summary.merge([summary.summarise(one) for one in logs])
+            | {"passes": len(reader.passes), "tokens": len(reader.tokens)},
             _precisions(plan, precision),
         )
 

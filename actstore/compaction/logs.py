@@ -15,13 +15,16 @@ from actstore.archive import layout
 from actstore.archive.coordinates import Runs
 from actstore.errors import ConfigError
 from actstore.stream.joined import JoinedReader
+from actstore.stream.mesh import replicas
 from actstore.stream.reader import StreamReader, open_stream
 from actstore.stream.rows import ElementReader, RowReader
+from actstore.stream.united import UnitedReader
 
 __all__ = [
     "Pathlike",
     "Reader",
     "element_reader",
+    "headers_of",
     "logs_of",
     "opened",
     "paths_of",
@@ -31,7 +34,7 @@ __all__ = [
 ]
 
 Pathlike = str | os.PathLike[str]
-Reader = StreamReader | JoinedReader
+Reader = StreamReader | JoinedReader | UnitedReader
 
 
 @contextmanager
@@ -39,16 +42,18 @@ def opened(
     streams: Pathlike | Sequence[Pathlike],
     shapes: Mapping[str, Sequence[int]] | None,
     dtypes: Mapping[str, str] | None,
+    ranks: str = "all",
 ) -> Iterator[Reader]:
-    """Open logs as one, and refuse damaged ones."""
+    """Open logs as one, and refuse damaged ones; ``ranks`` as for `replicas`."""
     with ExitStack() as stack:
         readers = [
             stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes))
             for path in paths_of(streams)
         ]
-        reader = readers[0] if len(readers) == 1 else JoinedReader(readers)
-        reader.check()
-        yield reader
+        for one in readers:
+            one.check()
+        runs = replicas(readers, ranks)
+        yield runs[0] if len(runs) == 1 else JoinedReader(runs)
 
 
 def paths_of(streams: Pathlike | Sequence[Pathlike]) -> list[Path]:
@@ -87,7 +92,15 @@ def runs_of(reader: Reader) -> Runs:
 
 def logs_of(reader: Reader) -> tuple[StreamReader, ...]:
     """Give the logs of a reader."""
-    return reader.readers if isinstance(reader, JoinedReader) else (reader,)
+    if isinstance(reader, StreamReader):
+        return (reader,)
+    return tuple(log for one in reader.readers for log in logs_of(one))
+
+
+def headers_of(reader: Reader) -> tuple[Mapping[str, Any], ...]:
+    """Give the HEADER of each log; of logs that are united, the first one's."""
+    runs = reader.readers if isinstance(reader, JoinedReader) else (reader,)
+    return tuple(dict(one.header) for one in runs)
 
 
 def row_reader(reader: Reader, variable: layout.Variable, place: int) -> RowReader | None:

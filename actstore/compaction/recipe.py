@@ -46,16 +46,19 @@ class OfLogs:
         As for `compact`.
     precision : str, Precision, mapping or None
         As for `compact`.
+    ranks : str
+        As for `compact`.
     """
 
     paths: tuple[Path, ...]
     shapes: Mapping[str, Sequence[int]] | None = None
     dtypes: Mapping[str, str] | None = None
     precision: Wanted = None
+    ranks: str = "all"
 
     @contextmanager
     def made(self, tokenizer: Any = None) -> Iterator[tuple[Content, list[Job]]]:
         """Open and plan the logs; see `Recipe`."""
-        with opened(self.paths, self.shapes, self.dtypes) as reader:
-            content = Content.of(reader, tokenizer, self.precision)
+        with opened(self.paths, self.shapes, self.dtypes, self.ranks) as reader:
+            content = Content.of(reader, tokenizer, self.precision, self.ranks)
             yield content, content.jobs(reader)

@@ -18,6 +18,7 @@ from actstore.errors import ConfigError
 from actstore.packet import LayerInfo
 from actstore.stream.reader import StreamReader
 from actstore.stream.table import COLUMNS, PacketTable
+from actstore.stream.united import UnitedReader, passes_of
 
 __all__ = ["JoinedReader"]
 
@@ -29,12 +30,12 @@ class JoinedReader:
 
     Parameters
     ----------
-    readers : sequence of StreamReader
-        At least one, each of another run.
+    readers : sequence of StreamReader or UnitedReader
+        At least one, each of another run, or another replica of one.
 
     Attributes
     ----------
-    readers : tuple of StreamReader
+    readers : tuple of StreamReader or UnitedReader
         The logs.
     layers, passes, tokens, features, token_texts, table
         As a `StreamReader` has them, of all logs: passes, packets and blocks go on counting where
@@ -48,7 +49,7 @@ class JoinedReader:
         A log is given twice, or two of them say different things of one layer or sample.
     """
 
-    def __init__(self, readers: Sequence[StreamReader]) -> None:
+    def __init__(self, readers: Sequence[StreamReader | UnitedReader]) -> None:
         self.readers = tuple(readers)
         self._check_runs()
         self.layers = self._layers()
@@ -58,7 +59,7 @@ class JoinedReader:
             for one in reversed(self.readers)
             for number, text in one.token_texts.items()
         }
-        counts = [_passes_of(one) for one in self.readers]
+        counts = [passes_of(one) for one in self.readers]
         self.starts: Integers = np.cumsum([0, *counts], dtype=np.int64)[:-1]
         self.passes = tuple(
             replace(info, index=info.index + start)
@@ -162,22 +163,16 @@ class JoinedReader:
                 "layer": layer[table.layer],
                 "shape": number[table.shape],
                 "alias_of": np.where(table.alias_of >= 0, table.alias_of + seq, -1),
-                "block": table.block + block,
+                "block": np.where(table.block >= 0, table.block + block, -1),
             }
             blocks.append(block)
             rows.append(row)
             parts.append(columns)
             seq += int(table.seq.max(initial=-1)) + 1
-            block += len(table.blocks)
+            block += one.block_count if isinstance(one, UnitedReader) else len(table.blocks)
             row += len(table)
         self._blocks: Integers = np.array(blocks, np.int64)
         self._rows: Integers = np.array(rows, np.int64)
         joined = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
         places = tuple(place for one in self.readers for place in one.table.blocks)
         return PacketTable(**joined, shapes=tuple(shapes), blocks=places)
-
-
-def _passes_of(reader: StreamReader) -> int:
-    """Give how many indices the passes of a log take."""
-    last = max((info.index for info in reader.passes), default=-1)
-    return max(last, int(reader.table.pass_index.max(initial=-1))) + 1

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from actstore import dtypes
 from actstore.errors import FormatError
 from actstore.packet import Axis, LayerInfo, PassInfo, TokenRecord
+from actstore.parallel import Shard
 
 __all__ = [
     "BLOCK_LIMIT",
@@ -221,15 +222,14 @@ class Layer:
     def encode(self) -> bytes:
         """Give the record's header."""
         info = self.info
-        return _dump(
-            {
-                "id": info.id,
-                "name": info.name,
-                "site": info.site,
-                "block": info.block,
-                "class": info.kind,
-            }
-        )
+        said = {
+            "id": info.id,
+            "name": info.name,
+            "site": info.site,
+            "block": info.block,
+            "class": info.kind,
+        }
+        return _dump(said | ({"shard": info.shard.member()} if info.shard is not None else {}))
 
     @classmethod
     def decode(cls, header: bytes) -> Self:
@@ -245,7 +245,8 @@ class Layer:
         if not integers or not texts or not 0 <= number < 1 << 32 or not -1 <= block < 1 << 31:
             msg = f"a LAYER record needs id, name, site, block, class; found {found!r:.200}"
             raise FormatError(msg)
-        return cls(LayerInfo(number, name, site, block, kind))
+        shard = Shard.of(found["shard"]) if found.get("shard") is not None else None
+        return cls(LayerInfo(number, name, site, block, kind, shard))
 
 
 # -- FEATURES -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from actstore.dtypes import DType
 from actstore.stream.joined import JoinedReader
 from actstore.stream.reader import StreamReader
+from actstore.stream.united import UnitedReader
 
 __all__ = ["ElementReader", "RowReader", "widen"]
 
@@ -34,7 +35,7 @@ class RowReader:
 
     Parameters
     ----------
-    reader : StreamReader or JoinedReader
+    reader : StreamReader, JoinedReader or UnitedReader
         The log, or several.
     packet, source, start, count : numpy.ndarray
         int64 columns sorted by ``start``: rows ``start`` to ``start + count`` are rows ``source``
@@ -47,7 +48,7 @@ class RowReader:
 
     def __init__(
         self,
-        reader: StreamReader | JoinedReader,
+        reader: StreamReader | JoinedReader | UnitedReader,
         columns: tuple[Integers, Integers, Integers, Integers],
         row_shape: tuple[int, ...],
         dtype: DType,
@@ -113,7 +114,7 @@ class ElementReader:
 
     Parameters
     ----------
-    reader : StreamReader or JoinedReader
+    reader : StreamReader, JoinedReader or UnitedReader
         The log, or several.
     packets : numpy.ndarray
         int64: rows of the reader's table.
@@ -127,7 +128,7 @@ class ElementReader:
 
     def __init__(
         self,
-        reader: StreamReader | JoinedReader,
+        reader: StreamReader | JoinedReader | UnitedReader,
         packets: Integers,
         offsets: Integers,
         size: int,

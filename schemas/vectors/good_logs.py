@@ -85,6 +85,21 @@ def unknown_members() -> Log:
     return log
 
 
+@good("A process of several: its place in the HEADER, and its part of a layer.")
+def one_of_several() -> Log:
+    mesh = {"run": "a run", "data": [0, 1], "pipeline": [0, 1], "tensor": [1, 2]}
+    log = Log(parallel=mesh)
+    log.commit(boundary=1)
+    info = {"id": 0, "name": "layer", "site": "layer", "block": -1, "class": "Linear"}
+    log.record(LAYER, document(info | {"shard": {"dim": -1, "offset": 3, "size": 5}}))
+    log.expected["layers"].append(info)
+    log.pass_()
+    log.tensor(0, 1.0)
+    log.commit(1, 1)
+    log.close()
+    return log
+
+
 @good("Raw float32 of three shapes: (2, 3), a scalar, and one with no elements.")
 def raw_float32() -> Log:
     log = begun()

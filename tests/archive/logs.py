@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from actstore import codecs, dtypes
 from actstore.archive import shards
 from actstore.packet import Axis, LayerInfo, PassInfo, TokenRecord
+from actstore.parallel import Parallel, Shard
 from actstore.stream.records import Block, Features, Layer, Opcode, Pass, Record, Run, Text, Token
 from actstore.stream.writer import CommitPoint, StreamWriter
 
@@ -66,6 +67,7 @@ class LogBuilder:
         compression: str = "zstd",
         capture: Mapping[str, Any] | None = None,
         run: str = "00000000-0000-4000-8000-000000000000",
+        parallel: Parallel | None = None,
     ) -> None:
         self.path = path
         self.fired: list[Fired] = []
@@ -87,11 +89,21 @@ class LogBuilder:
                 "world_size": 1,
                 "codecs": {str(number): config for number, config in codecs.CODECS.items()},
             }
+            | ({"parallel": parallel.header()} if parallel is not None else {})
         )
 
-    def layer(self, name: str, site: str | None = None, block: int = -1) -> None:
+    def layer(
+        self,
+        name: str,
+        site: str | None = None,
+        block: int = -1,
+        *,
+        shard: Shard | None = None,
+        kind: str = "Linear",
+    ) -> None:
         """Declare a layer."""
-        info = LayerInfo(len(self._layers), name, name if site is None else site, block, "Linear")
+        number, site = len(self._layers), name if site is None else site
+        info = LayerInfo(number, name, site, block, kind, shard)
         self._layers[name] = info
         self._group.append(Record(Opcode.LAYER, Layer(info).encode()))
 

@@ -413,7 +413,7 @@ def without_memory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     "name",
     [
         *("opaque_wrapper", "masked", "freed_storage", "zero_tensor"),
-        *("uninitialized", "distributed", "fake"),
+        *("uninitialized", "fake"),
     ],
 )
 def test_an_output_without_memory_is_skipped_by_name_and_no_crash(
@@ -424,6 +424,10 @@ def test_an_output_without_memory_is_skipped_by_name_and_no_crash(
     assert "error" not in found, found["error"]
     assert [told.partition(":")[0] for told in found["skipped"]] == ["odd"]
     assert found["kept"] == ["after", ""]
+
+
+def test_of_a_distributed_output_what_is_here_is_kept(without_memory: dict[str, Any]) -> None:
+    assert without_memory["distributed"] == {"skipped": {}, "kept": ["odd", "after", ""]}
 
 
 # -- functions of models ------------------------------------------------------------------------
