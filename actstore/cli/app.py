@@ -286,6 +286,10 @@ def compact(
         typer.Option(metavar="NAME", help="balanced, fast, dense or none; all are lossless."),
     ] = Profile.BALANCED,
     precision: Precisions = None,
+    layout: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the rows: captured, or shuffled for training.")
+    ] = "captured",
+    seed: Annotated[int, typer.Option(metavar="N", help="By which rows are shuffled.")] = 0,
     workers: Workers = 2,
     max_memory_gb: Memory = 1.0,
     remove_logs: Annotated[
@@ -308,6 +312,8 @@ def compact(
             target,
             profile=profile.value,
             precision=capturing.precisions(precision),
+            layout=layout,
+            seed=seed,
             workers=workers,
             max_memory_gb=max_memory_gb,
             remove_logs=remove_logs,

@@ -14,9 +14,11 @@ from typing import Any, Final
 
 from actstore import files, markup
 from actstore.archive import shards
+from actstore.archive.shuffling import check_layout
 from actstore.compaction.content import Content, Wanted
-from actstore.compaction.executing import Threads, check_workers, fitting
+from actstore.compaction.executing import Executor, Threads, check_workers, fitting
 from actstore.compaction.logs import Pathlike, opened, paths_of
+from actstore.compaction.shuffling import Scattering
 from actstore.compaction.writing import Progress, write_archive
 
 __all__ = ["CompactionReport", "Pathlike", "Progress", "compact"]
@@ -90,6 +92,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     *,
     profile: str = "balanced",
     precision: Wanted = None,
+    layout: str = "captured",
+    seed: int = 0,
     tokenizer: Any = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
@@ -134,6 +138,14 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
 
         The first three are plain floats in the archive; xarray decodes ``mse``, and
         `open_dataset`, or ``dataset.actstore.decode()`` of what others opened, all of them.
+    layout : {"captured", "shuffled"}
+        The order of the rows: the logs', or one drawn at random, the same for all arrays, as
+        training wants it. Each row knows by ``source_row`` which it was as captured:
+        ``dataset.sortby("source_row")`` is that order. Sequences are still found; logs can't be
+        appended. Beside the archive a file of the size of a layer is needed meanwhile, or of some
+        that are small.
+    seed : int
+        By which a shuffled order is drawn.
     tokenizer : object, optional
         With ``decode([id])``: gives the rows' ``token_text``.
     shapes, dtypes : mapping, optional
@@ -166,13 +178,17 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     began = time.monotonic()
     paths, target = paths_of(streams), files.path_of(out)
     shards.check_profile(profile)
+    drawn = check_layout(layout, seed)
     check_workers(workers)
     files.check_new(target)
     with opened(paths, shapes, dtypes) as reader:
-        content = Content.of(reader, tokenizer, precision)
+        content = Content.of(reader, tokenizer, precision, drawn)
         mine = content.jobs(reader)
-        threads = Threads(fitting(mine, workers, max_memory_gb))
-        made = write_archive(content, mine, target, profile, threads, progress)
+        count = fitting(mine, workers, max_memory_gb - content.places_bytes / 1e9)
+        executor: Executor = Threads(count)
+        if drawn is not None:
+            executor = Scattering(executor, count)
+        made = write_archive(content, mine, target, profile, executor, progress)
     if remove_logs:
         for path in paths:
             path.unlink()

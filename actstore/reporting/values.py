@@ -290,7 +290,7 @@ def _sequence(axis: TokenAxis, limits: Limits, found: _Found) -> NDArray[np.int6
     real = np.ones(axis.rows, np.bool_)
     if "is_padding" in axis:
         real = ~axis.label("is_padding").to_numpy().astype(np.bool_)
-    order = np.lexsort((passes, items, run))
+    order = np.lexsort((axis.source, passes, items, run))
     order = order[real[order]]
     if not order.size:
         found.notes.append(f"{axis.dim}: all rows are padding, no sequence is shown")
