@@ -474,7 +474,7 @@ class TokenAxis:
     def source(self) -> NDArray[np.int64]:
         """What rises with the rows as they were captured, whatever their order here."""
         if SOURCE_ROW in self:
-            return self.label(SOURCE_ROW).to_numpy()
+            return np.asarray(self.label(SOURCE_ROW).to_numpy(), np.int64)
         return np.arange(self.rows)
 
     def as_captured(self, chosen: NDArray[np.bool_] | pd.Series) -> NDArray[np.int64]:

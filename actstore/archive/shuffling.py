@@ -1,6 +1,6 @@
-"""Owns the order of a shuffled archive's rows: a permutation of each token axis, and the plan; pure.
+"""Owns the order of a shuffled archive's rows: a permutation of each token axis, and its plan.
 
-How rows get from the logs' order into this one, is ``compaction.shuffling``'s.
+Pure. How rows get from the logs' order into this one, is ``compaction.shuffling``'s.
 """
 
 from __future__ import annotations

@@ -277,7 +277,7 @@ def recover(
     "actstore compact run.stream run.zarr",
     "actstore compact run.stream small.zarr --precision nmse=2e-4",
 )
-def compact(
+def compact(  # noqa: PLR0913, PLR0917 - each is an option of its own
     out: Output,
     logs: Logs,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The archive: run.zarr.")],

@@ -81,7 +81,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gather:
-    """Reads rows of a shuffled layer from the log, one by one: slow, and right without a bucket."""
+    """Reads rows of a shuffled layer from the log, one by one: slowly, and without a bucket."""
 
     layer: Layer
 
@@ -255,7 +255,7 @@ def _scatter(jobs: list[Job], path: Path, threads: int) -> list[Job]:
     try:
         os.ftruncate(descriptor, int(bounds[-1]) * layer.row_bytes)  # else its end may lack
 
-        def put(piece: Integers | range) -> None:
+        def put(piece: Integers) -> None:
             _put(layer, piece, slots, bounds, wanted, descriptor)
 
         with ThreadPoolExecutor(threads, "actstore-scatter") as pool:

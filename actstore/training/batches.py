@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ _THREADS: Final = 2
 _STAND_INS: Final = {1: np.uint8, 2: np.int16}
 
 
-class Batches(IterableDataset[Batch]):  # type: ignore[misc] # torch's is untyped
+class Batches(IterableDataset[Batch]):
     """Batches of the rows of a layer, or of several, of a log or an archive: an epoch at a time.
 
     ``for batch in batches`` reads what is left of an epoch, by threads of this process, and then
@@ -340,10 +340,10 @@ class _Reading(NamedTuple):
         """Give its batches when they are there."""
         for future in self.futures:
             future.result()
-        parts = self.values.split(self.sizes)
+        parts = torch.split(self.values, self.sizes)
         if not self.labels:
             return _Window(list(parts))
-        labels = {name: one.split(self.sizes) for name, one in self.labels.items()}
+        labels = {name: torch.split(one, self.sizes) for name, one in self.labels.items()}
         return _Window(
             [
                 {"values": values, **{name: one[place] for name, one in labels.items()}}
@@ -403,11 +403,8 @@ def _converted(values: NDArray[Any], kind: torch.dtype, stand_in: np.dtype) -> N
     tensor = torch.from_numpy(values)
     if tensor.dtype == kind:
         return values
-    made = tensor.to(kind)
-    found = made if made.dtype == torch.from_numpy(np.empty(0, stand_in)).dtype else made.view(
-        torch.from_numpy(np.empty(0, stand_in)).dtype
-    )  # fmt: skip
-    return cast("NDArray[Any]", found.numpy())
+    held = torch.from_numpy(np.empty(0, stand_in)).dtype
+    return tensor.to(kind).view(held).numpy()
 
 
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

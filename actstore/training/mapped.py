@@ -16,7 +16,7 @@ from actstore.training.selection import Choice, Selection
 __all__ = ["RowDataset"]
 
 
-class RowDataset(Dataset[Batch]):  # type: ignore[misc] # torch's is untyped
+class RowDataset(Dataset[Batch]):
     """The rows of a layer, or of several, of a log or an archive, each by its number.
 
     For samplers that choose rows one by one; a chunk is decoded for each row that is read alone.

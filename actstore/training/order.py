@@ -87,7 +87,8 @@ class Order:
         """Batches of an epoch: as many on each rank."""
         if self.drop_last:
             return self.rows // self.world_size // self.batch_size
-        return -(-(-(-self.rows // self.world_size)) // self.batch_size)
+        most = (self.rows + self.world_size - 1) // self.world_size
+        return (most + self.batch_size - 1) // self.batch_size
 
     @property
     def windows(self) -> int:

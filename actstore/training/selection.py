@@ -71,13 +71,14 @@ class Choice:
         """Check what a user chose, as far as that goes without opening it."""
         named = layers if isinstance(layers, str) else tuple(layers)
         if not named or not all(isinstance(one, str) for one in named):
-            msg = f"layers must be the name of a layer or a site, or several layers'; got {layers!r}"
+            msg = f"layers must name a layer, a site, or several layers; got {layers!r}"
             raise ConfigError(msg)
         if isinstance(labels, str):
             labels = (labels,)
         chosen = None if rows is None else np.asarray(rows)
         if chosen is not None and (chosen.ndim != 1 or chosen.dtype.kind not in "biu"):
-            msg = f"rows must be one-dimensional, bools or integers; got {chosen.dtype} {chosen.shape}"
+            said = f"{chosen.dtype} {chosen.shape}"
+            msg = f"rows must be one-dimensional, bools or integers; got {said}"
             raise ConfigError(msg)
         place = files.existing(path, "actstore.training").absolute()
         return cls(place, named, tuple(labels), chosen, padding, dim)
@@ -184,7 +185,8 @@ class Selection:
                 raise ConfigError(msg)
             if chosen.dtype.kind != "b" and chosen.size:
                 if chosen.min() < 0 or chosen.max() >= self.rows:
-                    msg = f"rows must be from 0 to {self.rows - 1}; got {chosen.min()}, {chosen.max()}"
+                    said = f"{chosen.min()} to {chosen.max()}"
+                    msg = f"rows must be from 0 to {self.rows - 1}; got {said}"
                     raise ConfigError(msg)
                 if np.unique(chosen).size < chosen.size:
                     msg = "rows has a row twice; each is trained on once in an epoch"
@@ -198,7 +200,8 @@ class Selection:
                 there = dataset.variables[f"{name}_present"].values
                 kept &= there[place] if there.ndim > 1 else there
         if not kept.any():
-            msg = f"{self.choice.path}: no row of {', '.join(self.names)} is chosen, there, and no padding"
+            named = ", ".join(self.names)
+            msg = f"{self.choice.path}: no row of {named} is chosen, there, and no padding"
             raise ConfigError(msg)
         return None if kept.all() else np.flatnonzero(kept)
 
@@ -264,7 +267,7 @@ def _label(axis: TokenAxis, name: str) -> NDArray[Any]:
     if name not in axis:
         msg = f"no label {name!r} on {axis.dim!r}; there are {', '.join(map(repr, axis.names))}"
         raise ConfigError(msg)
-    values = axis.label(name).to_numpy()
+    values: NDArray[Any] = axis.label(name).to_numpy()
     if values.dtype.kind not in "biuf":
         msg = f"label {name!r} is text, and no tensor; token_id has the ids of token_text"
         raise ConfigError(msg)
