@@ -189,8 +189,7 @@ def test_ranks_share_the_rows(run: dict[str, Path], kind: str, drop_last: bool) 
         assert len(set(seen)) == len(seen)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-@pytest.mark.parametrize("kind", ["shuffled", "log"])
+@pytest.mark.parametrize(("kind", "context"), [("shuffled", "fork"), ("log", "spawn")])
 def test_workers_read_each_batch_once(run: dict[str, Path], kind: str, context: str) -> None:
     labels = ["pass_index", "batch_item", "position"]
     batches = Batches(run[kind], LAYER, labels=labels, **SMALL)
