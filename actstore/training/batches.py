@@ -74,7 +74,7 @@ class Batches(IterableDataset[Batch]):
         Whether an epoch leaves out the batch that isn't full. If not, its last batch of each rank
         has the rest, and where a rank has a row less than others the one before lacks one.
     buffer_mb : float
-        MB of rows, in ``dtype``, that are mixed; at least a batch. ``prefetch`` + 1 of them, or
+        MB of rows, in ``dtype``, that are mixed; at least a batch. ``prefetch`` + 2 of them, or
         more where batches are kept, are in memory.
     prefetch : int
         Buffers that are read ahead.
@@ -233,10 +233,12 @@ class Batches(IterableDataset[Batch]):
         windows = range(part, order.windows, parts)
         skipped = self._batch // order.window  # all but the last window have as many batches
         begun = self._batch - skipped * order.window
-        for window in self._read_ahead(epoch, windows[skipped:]):
-            for batch in window.batches[begun:]:
+        for batches in self._read_ahead(epoch, windows[skipped:]):
+            left = batches[begun:][::-1]
+            batches.clear()
+            while left:  # nothing here holds a batch that was given
                 self._batch += 1
-                yield batch
+                yield left.pop()
             begun = 0
         self._epoch, self._batch = self._epoch + 1, 0
 
@@ -267,8 +269,8 @@ class Batches(IterableDataset[Batch]):
             "world_size": order.world_size,
         }
 
-    def _read_ahead(self, epoch: Epoch, windows: range) -> Iterator[_Window]:
-        """Give windows, of which the next are read meanwhile."""
+    def _read_ahead(self, epoch: Epoch, windows: range) -> Iterator[list[Batch]]:
+        """Give the batches of each window, while the next are read; the list is for the taker."""
         pool = ThreadPoolExecutor(self._threads, "actstore-training")
         reading: deque[_Reading] = deque()
         left = iter(windows)
@@ -283,7 +285,6 @@ class Batches(IterableDataset[Batch]):
                 if self._prefetch and number >= 0:
                     reading.append(self._begin(epoch, number, pool))
                 yield done
-                del done  # its memory may be free now
                 if not self._prefetch and number >= 0:
                     reading.append(self._begin(epoch, number, pool))
         finally:
@@ -322,12 +323,6 @@ class Batches(IterableDataset[Batch]):
             column[piece.slots] = selection.labels[name][rows]
 
 
-class _Window(NamedTuple):
-    """What was read of a window."""
-
-    batches: list[Batch]
-
-
 class _Reading(NamedTuple):
     """A window that is being read."""
 
@@ -336,20 +331,18 @@ class _Reading(NamedTuple):
     values: torch.Tensor
     labels: dict[str, torch.Tensor]
 
-    def wait(self) -> _Window:
+    def wait(self) -> list[Batch]:
         """Give its batches when they are there."""
         for future in self.futures:
             future.result()
         parts = torch.split(self.values, self.sizes)
         if not self.labels:
-            return _Window(list(parts))
+            return list(parts)
         labels = {name: torch.split(one, self.sizes) for name, one in self.labels.items()}
-        return _Window(
-            [
-                {"values": values, **{name: one[place] for name, one in labels.items()}}
-                for place, values in enumerate(parts)
-            ]
-        )
+        return [
+            {"values": values, **{name: one[place] for name, one in labels.items()}}
+            for place, values in enumerate(parts)
+        ]
 
 
 class _Memory:
