@@ -135,7 +135,7 @@ class ActstoreAccessor:
     def sequence(
         self, pass_index: int, item: int = 0, *, run: int | None = None, dim: str | None = None
     ) -> xr.Dataset:
-        """Choose the rows of one batch item of one pass, padding included.
+        """Choose the rows of one batch item of one pass, padding included, as they were captured.
 
         Parameters
         ----------

@@ -276,6 +276,7 @@ def recover(
     "compact",
     "actstore compact run.stream run.zarr",
     "actstore compact run.stream small.zarr --precision nmse=2e-4",
+    "actstore compact run.stream rows.zarr --layout shuffled --seed 1",
 )
 def compact(  # noqa: PLR0913, PLR0917 - each is an option of its own
     out: Output,

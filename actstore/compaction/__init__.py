@@ -184,7 +184,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     with opened(paths, shapes, dtypes) as reader:
         content = Content.of(reader, tokenizer, precision, drawn)
         mine = content.jobs(reader)
-        count = fitting(mine, workers, max_memory_gb - content.places_bytes / 1e9)
+        count = fitting(mine, workers, max_memory_gb, content.shuffling_bytes(mine))
         executor: Executor = Threads(count)
         if drawn is not None:
             executor = Scattering(executor, count)

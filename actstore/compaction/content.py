@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from actstore.errors import ConfigError
 from actstore.stream import summary
 
 __all__ = ["Captured", "Content", "Wanted", "dense_jobs", "ragged_jobs", "shards_of"]
+
+#: Of the log that are still held while shards are written.
+_BLOCKS: Final = 64 << 20
 
 #: A precision for all floats, or for the variables or sites whose names match.
 Wanted = str | Precision | Mapping[str, str | Precision] | None
@@ -111,10 +114,11 @@ class Content:
             captured,
         )
 
-    @property
-    def places_bytes(self) -> int:
-        """Bytes of the rows' places, where they are shuffled, and of what scattering adds."""
-        return 0 if self.captured is None else 3 * self.captured.shuffle.nbytes
+    def shuffling_bytes(self, jobs: Sequence[Job]) -> int:
+        """Give the bytes that shuffling takes beside threads: rows' places, decoded blocks."""
+        if self.captured is None:
+            return 0
+        return 3 * self.captured.shuffle.nbytes + min(_BLOCKS, sum(job.raw_bytes for job in jobs))
 
     def jobs(self, reader: Reader) -> list[Job]:
         """Give the shards to write."""

@@ -7,6 +7,7 @@ order in memory, and it is written as any other. What the order is, ``archive.sh
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import threading
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Final
 
 import numpy as np
@@ -29,6 +31,7 @@ from actstore.stream.rows import RowReader, widen
 __all__ = ["Gather", "Layer", "Scattering", "scattered"]
 
 Integers = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
 #: Bytes of rows that a thread scatters at a time; it holds them twice, and a block of the log.
 _PIECE: Final = 16 << 20
 #: Shards for each thread that are scattered together, so that no thread waits for a layer's last.
@@ -255,11 +258,21 @@ def _scatter(jobs: list[Job], path: Path, threads: int) -> list[Job]:
     try:
         os.ftruncate(descriptor, int(bounds[-1]) * layer.row_bytes)  # else its end may lack
 
-        def put(piece: Integers) -> None:
-            _put(layer, piece, slots, bounds, wanted, descriptor)
+        pieces = list(_pieces(layer))
+        most = max((last - first for first, last in pieces), default=0) * layer.row_bytes
 
+        def put(piece: tuple[int, int]) -> None:
+            memory = free.get()
+            try:
+                _put(layer, piece, slots, bounds, wanted, descriptor, memory)
+            finally:
+                free.put(memory)
+
+        free = SimpleQueue[Bytes]()
+        for _ in range(threads):  # mapped: it goes back to the system when this is done
+            free.put(np.frombuffer(mmap.mmap(-1, max(2 * most, 1)), np.uint8))
         with ThreadPoolExecutor(threads, "actstore-scatter") as pool:
-            for _ in pool.map(put, _pieces(layer)):
+            for _ in pool.map(put, pieces):
                 pass
     finally:
         os.close(descriptor)
@@ -282,7 +295,7 @@ def _slots(layer: Layer) -> tuple[Integers, Integers]:
         int64 [shards + 1].
     """
     rows = layer.order.size
-    shards = -(-rows // layer.shard_rows)
+    shards = (rows + layer.shard_rows - 1) // layer.shard_rows
     kind = np.uint16 if shards < 1 << 16 else np.uint32  # of 16 bits, sorting is linear
     shard = np.empty(rows, kind)
     shard[layer.order] = np.arange(rows) // layer.shard_rows
@@ -296,8 +309,8 @@ def _slots(layer: Layer) -> tuple[Integers, Integers]:
     return slots, np.cumsum(np.append(0, np.bincount(shard, minlength=shards)))
 
 
-def _pieces(layer: Layer) -> Iterator[Integers]:
-    """Give the rows that are there, as captured, some at a time; a block is in one of them."""
+def _pieces(layer: Layer) -> Iterator[tuple[int, int]]:
+    """Give rows as captured, some at a time, the latter not included; a block is in one piece."""
     most = max(_PIECE // max(layer.row_bytes, 1), 1)
     cuts = np.append(layer.rows.cuts(), layer.order.size)
     first = int(cuts[0])
@@ -306,37 +319,40 @@ def _pieces(layer: Layer) -> Iterator[Integers]:
         last = int(cuts[place])
         if last <= first:  # one block, or packet, has more
             last = min(first + most, int(cuts[place + 1]))
-        piece = np.arange(first, last)
-        yield piece if layer.whole else piece[layer.segments.has(piece)]
+        yield first, last
         first = last
 
 
 def _put(
     layer: Layer,
-    piece: Integers,
+    rows: tuple[int, int],
     slots: Integers,
     bounds: Integers,
     wanted: NDArray[np.bool_],
     descriptor: int,
+    memory: Bytes,
 ) -> None:
     """Put some rows into their buckets, if those are wanted."""
+    piece = np.arange(*rows)
+    piece = piece[slots[piece] >= 0]
     mine = slots[piece]
     if not wanted.all():
         kept = wanted[np.searchsorted(bounds, mine, side="right") - 1]
         piece, mine = piece[kept], mine[kept]
     if not piece.size:
         return
-    memory = codecs.scratch("scattered", piece.size * layer.row_bytes)
-    rows = memory.view(layer.rows.dtype.numpy).reshape(piece.size, *layer.rows.row_shape)
+    size = piece.size * layer.row_bytes
+    found = memory[:size].view(layer.rows.dtype.numpy).reshape(-1, *layer.rows.row_shape)
     at = 0
     for run in _runs(piece):
-        layer.rows.read_into(rows[at : at + run.size], int(run[0]), int(run[-1]) + 1)
+        layer.rows.read_into(found[at : at + run.size], int(run[0]), int(run[-1]) + 1)
         at += run.size
     by = np.argsort(mine)
-    ordered, places = rows[by], mine[by]
+    places, ordered = mine[by], memory[size : 2 * size].reshape(piece.size, -1)
+    np.take(memory[:size].reshape(piece.size, -1), by, axis=0, out=ordered, mode="clip")
     at = 0
     for run in _runs(places):
-        data = memoryview(ordered[at : at + run.size].reshape(-1).view(np.uint8))
+        data = memoryview(ordered[at : at + run.size].reshape(-1))
         place, at = int(run[0]) * layer.row_bytes, at + run.size
         while data.nbytes:
             done = os.pwrite(descriptor, data, place)
