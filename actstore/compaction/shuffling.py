@@ -26,6 +26,7 @@ from actstore import codecs
 from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Written
 from actstore.compaction.executing import Executor
+from actstore.dtypes import DType
 from actstore.stream.rows import RowReader, widen
 
 __all__ = ["Gather", "Layer", "Scattering", "scattered"]
@@ -104,45 +105,52 @@ class Gather:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bucket:
-    """Reads rows of a shard from the file that a layer was scattered to.
+    """Reads rows of a shard from the file that a layer was scattered to; can be pickled.
 
     Attributes
     ----------
     path : Path
         The file.
-    start, count : int
-        The shard's first row in it, and how many it has there.
-    layer : Layer
-        Whose rows they are.
+    start : int
+        The shard's first row in it.
     first : int
         The shard's first row in the archive.
+    sources : numpy.ndarray
+        int64: of each row of the shard, which it was as captured.
+    there : numpy.ndarray or None
+        bool: which of them are there; None where all are.
+    row_shape, dtype, fill
+        Of the rows, as the log has them, and of missing ones.
     """
 
     path: Path
     start: int
-    count: int
-    layer: Layer
     first: int
+    sources: Integers
+    there: NDArray[np.bool_] | None
+    row_shape: tuple[int, ...]
+    dtype: DType
+    fill: Any
 
     def __call__(self, first: int, last: int) -> NDArray[Any]:
         """Read rows of the archive, in the dtype of datasets."""
         if getattr(_held, "bucket", None) is not self:
             _held.bucket = None  # what it has is written over
-            _held.rows, _held.places = self._load(), self._places()
+            _held.places = self._places()
+            _held.rows = self._load(int(_held.places.max()) + 1)
             _held.bucket = self
         places = _held.places[first - self.first : last - self.first]
-        if self.count == 0:
-            shape = (last - first, *self.layer.rows.row_shape)
-            return np.full(shape, self.layer.fill, self.layer.rows.dtype.array)
-        out = widen(_held.rows[places], self.layer.rows.dtype)
-        if not self.layer.whole:
-            out[places < 0] = self.layer.fill
+        if not len(_held.rows):
+            return np.full((last - first, *self.row_shape), self.fill, self.dtype.array)
+        out = widen(_held.rows[places], self.dtype)
+        if self.there is not None:
+            out[places < 0] = self.fill
         return out
 
-    def _load(self) -> NDArray[Any]:
+    def _load(self, count: int) -> NDArray[Any]:
         """Read the bucket into memory that this thread uses again."""
-        size = self.layer.row_bytes
-        memory = codecs.scratch("bucket", self.count * size)
+        size = int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
+        memory = codecs.scratch("bucket", count * size)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start * size)
             view = memoryview(memory)
@@ -152,17 +160,13 @@ class _Bucket:
                     msg = f"{self.path} ends at {file.tell()}, before the rows that were put there"
                     raise OSError(msg)
                 view = view[length:]
-        kind = self.layer.rows.dtype.numpy
-        return memory.view(kind).reshape(self.count, *self.layer.rows.row_shape)
+        return memory.view(self.dtype.numpy).reshape(count, *self.row_shape)
 
     def _places(self) -> Integers:
         """Give where in the bucket each row of the shard is, or −1: there they go as captured."""
-        sources = self.layer.order[self.first : self.first + self.layer.shard_rows]
-        places = np.full(sources.size, -1)
-        there = np.arange(sources.size)
-        if not self.layer.whole:
-            there = there[self.layer.segments.has(sources)]
-        places[there[np.argsort(sources[there])]] = np.arange(there.size)
+        places = np.full(self.sources.size, -1)
+        there = np.arange(self.sources.size) if self.there is None else np.flatnonzero(self.there)
+        places[there[np.argsort(self.sources[there])]] = np.arange(there.size)
         return places
 
 
@@ -278,9 +282,11 @@ def _scatter(jobs: list[Job], path: Path, threads: int) -> list[Job]:
         os.close(descriptor)
     found = []
     for job in jobs:
-        start, end = bounds[job.shard.number : job.shard.number + 2].tolist()
-        bucket = _Bucket(path, start, end - start, layer, job.shard.first)
-        found.append(replace(job, read=bucket))
+        start, first = int(bounds[job.shard.number]), job.shard.first
+        sources = layer.order[first : job.shard.last]
+        there = None if layer.whole else layer.segments.has(sources)
+        mine = layer.rows.row_shape, layer.rows.dtype, layer.fill
+        found.append(replace(job, read=_Bucket(path, start, first, sources, there, *mine)))
     return found
 
 
