@@ -37,10 +37,20 @@ from actstore.stream.resume import is_log
 if TYPE_CHECKING:
     from actstore.hdf5.reading import Hdf5Archive
 
-__all__ = ["LayerReader", "is_dataset", "layer_reader", "open_dataset", "open_lazily"]
+__all__ = [
+    "ChunkReader",
+    "LayerReader",
+    "chunk_reader",
+    "is_dataset",
+    "layer_reader",
+    "open_dataset",
+    "open_lazily",
+]
 
 #: Reads rows of a layer, by its place: [n, *row_shape].
 LayerReader = Callable[[int, NDArray[np.int64]], NDArray[Any]]
+#: Reads a chunk of a layer, by their places; None where it was not written.
+ChunkReader = Callable[[int, int], NDArray[Any] | None]
 Chunks = Literal["auto"] | Mapping[Any, Any] | int | None
 
 #: What an encoding says of how a variable is cut.
@@ -110,6 +120,22 @@ def layer_reader(variable: xr.Variable) -> LayerReader:
         return np.asarray(variable[(*(place,) * axis, rows)].values)
 
     return read
+
+
+def chunk_reader(variable: xr.Variable) -> ChunkReader | None:
+    """Give what reads whole chunks of a variable of an archive; None where nothing of ours can.
+
+    Returns
+    -------
+    callable or None
+        Takes the place on ``layer`` and the number of a chunk along the rows; gives
+        [chunk rows, *row_shape], with what stands behind the last row; None of one that was not
+        written. Safe to use from several threads.
+    """
+    held: Any = variable._data
+    if isinstance(held, indexing.LazilyIndexedArray) and isinstance(held.array, _Shards):
+        return held.array.chunks
+    return None
 
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
@@ -316,6 +342,11 @@ class _Shards(_Layers):
     def __init__(self, reader: Rows) -> None:
         super().__init__(reader.shape, reader.dtype, reader.axis)
         self._reader = reader
+
+    @property
+    def chunks(self) -> ChunkReader | None:
+        """What reads whole chunks; None of codes."""
+        return self._reader.chunk if isinstance(self._reader, ShardedRows) else None
 
     def layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         return self._reader.read(place, rows)

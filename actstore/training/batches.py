@@ -314,13 +314,15 @@ class Batches(IterableDataset[Batch]):
     ) -> None:
         """Read rows to their places in a window."""
         selection = self._selection
-        rows = selection.of_unit(piece.unit, piece.first, piece.last)
         several = len(selection.shape) > len(selection.row_shape)
         for place in range(len(selection.names)):
-            found = _converted(selection.read(place, rows), self._kind, values.dtype)
+            found = selection.read_unit(place, piece.unit, piece.first, piece.last)
+            found = _converted(found, self._kind, values.dtype)
             values[(piece.slots, place) if several else piece.slots] = found
-        for name, column in labels.items():
-            column[piece.slots] = selection.labels[name][rows]
+        if labels:
+            rows = selection.of_unit(piece.unit, piece.first, piece.last)
+            for name, column in labels.items():
+                column[piece.slots] = selection.labels[name][rows]
 
 
 class _Reading(NamedTuple):

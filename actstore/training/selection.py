@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from actstore import files
 from actstore.accessor import TokenAxis, token_axes
-from actstore.dataset import layer_reader, open_lazily
+from actstore.dataset import chunk_reader, layer_reader, open_lazily
 from actstore.errors import ConfigError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.resume import is_log
@@ -163,6 +163,18 @@ class Selection:
                     self._process = os.getpid()
         return self._readers[self.variables[place]](self.places[place], rows)
 
+    def read_unit(self, place: int, unit: int, first: int, last: int) -> NDArray[Any]:
+        """Read the chosen rows of a unit of one of the layers, from first to last."""
+        rows = self.of_unit(unit, first, last)
+        chunks = self._chunks.get(self.variables[place])
+        if chunks is None or self._process != os.getpid():
+            return self.read(place, rows)
+        found = chunks(self.places[place], unit)
+        if found is None or len(found) != self.unit:
+            return self.read(place, rows)
+        begin = unit * self.unit
+        return found[first:last] if self.kept is None else found[rows - begin]
+
     def close(self) -> None:
         """Close what is open."""
         self._dataset.close()
@@ -173,6 +185,11 @@ class Selection:
             str(name): layer_reader(one) for name, one in dataset.variables.items()
             if name in dataset.data_vars
         }  # fmt: skip
+        self._chunks = {
+            name: reader
+            for name in self._readers
+            if (reader := chunk_reader(dataset.variables[name])) is not None
+        }
         return dataset
 
     def _kept(self, dataset: xr.Dataset, axis: TokenAxis) -> Integers | None:
