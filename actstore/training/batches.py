@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -248,8 +248,14 @@ class Batches(IterableDataset[Batch]):
             yield from self
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the log or the archive; leaving the context does so, too."""
         self._selection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the buffers behind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -82,5 +82,11 @@ class RowDataset(Dataset[Batch]):
         ]
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the log or the archive; leaving the context does so, too."""
         self._selection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

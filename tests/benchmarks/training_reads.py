@@ -57,10 +57,11 @@ def write(log: Path, rows: int, width: int) -> None:
     built.close()
 
 
-def in_order(archive: Path, threads: int) -> Way:
-    """Read the chunks of a layer in their order."""
+def in_order(archive: Path, threads: int, size: int = 0) -> Way:
+    """Read the chunks of a layer in their order, or as many rows at a time as are told."""
     variable = open_lazily(archive).variables["resid"]
-    read, size, rows = layer_reader(variable), variable.encoding["chunks"][1], variable.shape[1]
+    read, rows = layer_reader(variable), variable.shape[1]
+    size = size or variable.encoding["chunks"][1]
     pieces = [np.arange(one, min(one + size, rows)) for one in range(0, rows, size)]
 
     def way() -> float:
@@ -133,25 +134,39 @@ def sae_lens(interpreter: Path, folder: Path, rows: int, width: int) -> Iterator
         print(file=asked, flush=True)
 
 
-def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Give the seconds a row that each way takes in each round; they take turns."""
+def measure(
+    ways: dict[str, Way], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Give the seconds a row that each way takes in each round, and this process' seconds of CPU.
+
+    They take turns.
+    """
     for way in ways.values():
         way()
     found: dict[str, list[float]] = {name: [] for name in ways}
+    busy: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
+            before = time.process_time()
             found[name].append(way())
-    return found
+            busy[name].append(time.process_time() - before)
+    return found, busy
 
 
-def table(found: dict[str, list[float]], width: int, base: str) -> Iterator[str]:
+def table(
+    found: dict[str, list[float]], busy: dict[str, list[float]], width: int, base: str
+) -> Iterator[str]:
     """Give lines that say how fast each way was."""
-    yield "| read by | rows/s | MB/s of float32 | of reading in order |"
-    yield "|---|---|---|---|"
+    yield "| read by | rows/s | MB/s of float32 | of reading in order | CPU, s an epoch |"
+    yield "|---|---|---|---|---|"
     for name, seconds in found.items():
         rows = 1 / statistics.median(seconds)
         of = statistics.median(one / two for one, two in zip(found[base], seconds, strict=True))
-        yield f"| {name} | {rows:,.0f} | {rows * width * 4 / 1e6:,.0f} | {of:.2f} |"
+        own = (
+            "" if "SAELens" in name or "worker" in name else f"{statistics.median(busy[name]):.3f}"
+        )
+        speed = f"{rows:,.0f} | {rows * width * 4 / 1e6:,.0f}"
+        yield f"| {name} | {speed} | {of:.2f} | {own} |"
 
 
 def main() -> None:
@@ -178,6 +193,7 @@ def main() -> None:
         ways = {
             base: in_order(shuffled, THREADS),
             "chunks in order, 1 thread": in_order(shuffled, 1),
+            "rows of a batch in order": in_order(shuffled, 1, BATCH),
             "bytes of the shards": files(shuffled, given.rows),
             ours: trained_on(Batches(shuffled, LAYER, batch_size=BATCH, threads=THREADS)),
             "Batches, 1 thread": trained_on(Batches(shuffled, LAYER, batch_size=BATCH, threads=1)),
@@ -192,7 +208,7 @@ def main() -> None:
             ),
         }
         if given.sae_lens is None:
-            found = measure(ways, given.rounds)
+            found, busy = measure(ways, given.rounds)
         else:
             cache = folder / "cache"
             actstore.export_rows(
@@ -200,8 +216,8 @@ def main() -> None:
                 names={LAYER: HOOK}, context_size=CONTEXT,
             )  # fmt: skip
             with sae_lens(given.sae_lens, cache, given.rows, given.width) as peers:
-                found = measure(ways | peers, given.rounds)
-        print("\n".join(table(found, given.width, base)))
+                found, busy = measure(ways | peers, given.rounds)
+        print("\n".join(table(found, busy, given.width, base)))
         kept = statistics.median(a / b for a, b in zip(found[base], found[ours], strict=True))
         print(f"\n{'PASS' if kept >= LEAST else 'FAIL'}: {kept:.2f} of reading in order")
         others = [statistics.median(one) for name, one in found.items() if "SAELens" in name]

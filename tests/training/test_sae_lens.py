@@ -1,4 +1,9 @@
-"""SAELens' own trainer trains on batches of an archive; skipped where it is not installed."""
+"""SAELens' own trainer trains on batches of an archive; skipped where it is not installed.
+
+In an environment of its own that has SAELens, pytest and what actstore needs:
+``PYTHONPATH=. VENV/bin/python -m pytest --noconftest -c /dev/null --rootdir=. -W ignore`` and this
+file.
+"""
 
 from __future__ import annotations
 
