@@ -358,3 +358,51 @@ def test_a_disk_that_is_full_while_rows_are_scattered_leaves_no_buckets(
     actstore.compact(log, tmp_path / "a.zarr", layout="shuffled")
     assert actstore.verify(tmp_path / "a.zarr", against=log).ok
     assert not [one.name for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+def test_figures_show_the_same_sequences(tmp_path: Path) -> None:
+    from actstore.plots.chosen import chosen_rows
+
+    captured, shuffled = both(decoder_log(tmp_path / "run.stream", steps=30).path, tmp_path)
+    for options in ({}, {"pass_index": 0, "item": 1}, {"item": 0}):
+        mine, theirs = (chosen_rows(one, "resid", **options) for one in (shuffled, captured))
+        same(mine.dataset, theirs.dataset)
+        assert mine.ends.tolist() == theirs.ends.tolist()
+        assert (mine.texts, mine.generated) == (theirs.texts, theirs.generated)
+
+
+def test_a_page_shows_the_same_sequence(tmp_path: Path) -> None:
+    from actstore.accessor import token_axes
+    from actstore.reporting.values import Limits, _Found, _sequence
+
+    captured, shuffled = both(decoder_log(tmp_path / "run.stream", steps=30).path, tmp_path)
+    for sequence in (None, (0, 1), (5, 0)):
+        found = []
+        for one in (captured, shuffled):
+            axis_ = token_axes(one)["token"]
+            rows = _sequence(axis_, Limits(20, sequence, 1.0), _Found())
+            found.append(one.isel(token=rows))
+        same(found[1], found[0])
+        assert found[0].sizes["token"] > 1
+    assert "html" in actstore.explore(shuffled).html
+
+
+def test_sequences_are_exported_only_in_their_order(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    log = LogBuilder(tmp_path / "run.stream")
+    log.layer("model.layers.0", "resid", 0)
+    for number in range(8):
+        log.begin(axis(2, 5))
+        log.put("model.layers.0", random_values((2, 5, 4), seed=number))
+    captured, shuffled = both(log.close(), tmp_path)
+    with pytest.raises(ConfigError, match="shuffled"):
+        actstore.export_rows(shuffled, tmp_path / "cache", format="saelens")
+    actstore.export_rows(shuffled.sortby(SOURCE), tmp_path / "sorted", format="saelens")
+    actstore.export_rows(captured, tmp_path / "captured", format="saelens")
+    names = [one.name for one in (tmp_path / "captured").glob("*.arrow")]
+    assert names
+    for name in names:
+        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("sorted", "captured"))
+        assert one == two
+    rows = actstore.export_rows(shuffled, tmp_path / "rows", format="saelens", context_size=1)
+    assert rows.rows == 80
