@@ -406,3 +406,14 @@ def test_sequences_are_exported_only_in_their_order(tmp_path: Path) -> None:
         assert one == two
     rows = actstore.export_rows(shuffled, tmp_path / "rows", format="saelens", context_size=1)
     assert rows.rows == 80
+
+
+def test_what_a_killed_shuffling_left_is_removed_by_any_later_compaction(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream").path
+    left = tmp_path / ".a.zarr.partial.rows"
+    for layout in ("captured", "shuffled"):
+        left.mkdir()
+        (left / "0").write_bytes(b"rows")
+        actstore.compact(log, tmp_path / "a.zarr", layout=layout)
+        assert not left.exists()
+        (tmp_path / "a.zarr").rename(tmp_path / layout)

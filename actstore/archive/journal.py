@@ -20,7 +20,12 @@ from actstore import files
 from actstore.archive.jobs import Written
 from actstore.errors import ActstoreError, ArchiveError
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "beside"]
+
+
+def beside(folder: Path) -> Path:
+    """Give a folder beside that of an archive that is being made, for what its making needs."""
+    return folder.with_name(f"{folder.name}.rows")
 
 
 class Journal:
@@ -66,6 +71,7 @@ class Journal:
         self._take()
         try:
             self._check_target()
+            shutil.rmtree(beside(self.folder), ignore_errors=True)  # of a process that was killed
             if not self._resume():
                 self._begin()
         except BaseException:

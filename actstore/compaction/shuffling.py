@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from actstore import codecs
 from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Written
+from actstore.archive.journal import beside
 from actstore.compaction.executing import Executor
 from actstore.dtypes import DType
 from actstore.stream.rows import RowReader, widen
@@ -192,8 +193,7 @@ class Scattering:
         self, jobs: Sequence[Job], folder: Path, profile: str
     ) -> Generator[tuple[Job, Written], None, None]:
         """Write shards; see `Executor`."""
-        beside = folder.with_name(f"{folder.name}.rows")
-        for batch in scattered(jobs, beside, self.threads):
+        for batch in scattered(jobs, beside(folder), self.threads):
             yield from self.inner.written(batch, folder, profile)
 
 
