@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import actstore
 from actstore import hook_names
-from actstore.archive.coordinates import ROW_LABELS, prefix_of
+from actstore.archive.coordinates import ROW_LABELS, SOURCE_ROW, prefix_of
 from actstore.archive.precision import CODING, EXACT, SCALE, Precision
 from actstore.errors import ConfigError
 from actstore.joining import MISSING, as_label, as_table, matches, picked
@@ -131,13 +131,13 @@ class ActstoreAccessor:
         """
         axis = self._axis(dim)
         table = axis.table([*axis.run, "pass_index", "batch_item"])
-        table = table[~axis.label("is_padding").to_numpy()]
+        table = table.iloc[axis.as_captured(~axis.label("is_padding").to_numpy())]
         return axis.take(table.drop_duplicates(keep="last").index.to_numpy())
 
     def sequence(
         self, pass_index: int, item: int = 0, *, run: int | None = None, dim: str | None = None
     ) -> xr.Dataset:
-        """Choose the rows of one batch item of one pass, padding included.
+        """Choose the rows of one batch item of one pass, padding included, as they were captured.
 
         Parameters
         ----------
@@ -157,7 +157,7 @@ class ActstoreAccessor:
         chosen = axis.matching("pass_index", pass_index) & axis.matching("batch_item", item)
         if run is not None:
             chosen &= axis.matching("run", run) if axis.run else run == 0
-        rows = np.flatnonzero(chosen)
+        rows = axis.as_captured(chosen)
         logs = axis.label("run")[rows].unique().tolist() if axis.run else []
         if len(logs) > 1:
             msg = f"pass {pass_index!r} is in each of the runs {logs}; say which with run="
@@ -489,6 +489,18 @@ class TokenAxis:
     def run(self) -> tuple[str, ...]:
         """The label that tells several logs apart, where there are several."""
         return ("run",) if len(self.dataset.attrs.get("runs", ())) > 1 and "run" in self else ()
+
+    @property
+    def source(self) -> NDArray[np.int64]:
+        """What rises with the rows as they were captured, whatever their order here."""
+        if SOURCE_ROW in self:
+            return np.asarray(self.label(SOURCE_ROW).to_numpy(), np.int64)
+        return np.arange(self.rows)
+
+    def as_captured(self, chosen: NDArray[np.bool_] | pd.Series) -> NDArray[np.int64]:
+        """Give the rows that are chosen, in the order that they were captured in."""
+        rows = np.flatnonzero(chosen)
+        return rows[np.argsort(self.source[rows], kind="stable")] if SOURCE_ROW in self else rows
 
     def check_runs(self, labels: Iterable[str]) -> None:
         """Refuse labels that each of several logs counts by itself, unless ``run`` is with them.

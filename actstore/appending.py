@@ -25,6 +25,7 @@ from actstore.archive.coordinates import RUN, STRING, Coordinate, prefix_of
 from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Read
 from actstore.archive.reading import ShardedRows
+from actstore.archive.shuffling import is_shuffled
 from actstore.clusters import check_client
 from actstore.compaction import CompactionReport, Pathlike, Progress
 from actstore.compaction.cluster import chosen
@@ -168,6 +169,8 @@ def _together(old: _Old, new: Content, reader: Reader) -> tuple[Content, list[Jo
             f"{added}; take them out with actstore.remove_added, append, and add those of all rows"
         )
         raise ArchiveError(msg)
+    if is_shuffled(old.attributes):
+        raise _refused("its rows are shuffled, and those of the logs would stand behind them")
     known = {one.get("run_id") for one in old.attributes["runs"]}
     for one in new.runs:
         if one.get("run_id") in known:

@@ -37,8 +37,20 @@ from actstore.stream.resume import is_log
 if TYPE_CHECKING:
     from actstore.hdf5.reading import Hdf5Archive
 
-__all__ = ["is_dataset", "open_dataset", "open_lazily"]
+__all__ = [
+    "ChunkReader",
+    "LayerReader",
+    "chunk_reader",
+    "is_dataset",
+    "layer_reader",
+    "open_dataset",
+    "open_lazily",
+]
 
+#: Reads rows of a layer, by its place: [n, *row_shape].
+LayerReader = Callable[[int, NDArray[np.int64]], NDArray[Any]]
+#: Reads a chunk of a layer, by their places; None where it was not written.
+ChunkReader = Callable[[int, int], NDArray[Any] | None]
 Chunks = Literal["auto"] | Mapping[Any, Any] | int | None
 
 #: What an encoding says of how a variable is cut.
@@ -88,6 +100,42 @@ def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Da
         raise
     chunked.set_close(dataset.close)
     return chunked
+
+
+def layer_reader(variable: xr.Variable) -> LayerReader:
+    """Give what reads rows of a layer of a variable of `open_lazily`, past xarray.
+
+    Returns
+    -------
+    callable
+        Takes the place on ``layer`` (0 where there is none) and int64 [n]: rows; gives
+        [n, *row_shape]. Safe to use from several threads.
+    """
+    held: Any = variable._data
+    if isinstance(held, indexing.LazilyIndexedArray) and isinstance(held.array, _Layers):
+        return held.array.layer
+    axis = int(variable.dims[0] == "layer")
+
+    def read(place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        return np.asarray(variable[(*(place,) * axis, rows)].values)
+
+    return read
+
+
+def chunk_reader(variable: xr.Variable) -> ChunkReader | None:
+    """Give what reads whole chunks of a variable of an archive; None where nothing of ours can.
+
+    Returns
+    -------
+    callable or None
+        Takes the place on ``layer`` and the number of a chunk along the rows; gives
+        [chunk rows, *row_shape], with what stands behind the last row; None of one that was not
+        written. Safe to use from several threads.
+    """
+    held: Any = variable._data
+    if isinstance(held, indexing.LazilyIndexedArray) and isinstance(held.array, _Shards):
+        return held.array.chunks
+    return None
 
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
@@ -273,7 +321,7 @@ class _Layers(BackendArray, ABC):
         axis = self._axis
         rows = _positions(key[axis], self.shape[axis])
         places = _positions(key[0], self.shape[0]) if axis else np.zeros(1, np.int64)
-        parts = [_pick(self._layer(place, rows), key[axis + 1 :]) for place in places.tolist()]
+        parts = [_pick(self.layer(place, rows), key[axis + 1 :]) for place in places.tolist()]
         if not parts:
             row = np.empty((0, *self.shape[axis + 1 :]), self.dtype)
             found = np.empty((0, rows.size, *_pick(row, key[axis + 1 :]).shape[1:]), self.dtype)
@@ -284,7 +332,7 @@ class _Layers(BackendArray, ABC):
         return found if axis and not isinstance(key[0], int | np.integer) else found[0]
 
     @abstractmethod
-    def _layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Read rows of one layer: [n, …]."""
 
 
@@ -295,7 +343,12 @@ class _Shards(_Layers):
         super().__init__(reader.shape, reader.dtype, reader.axis)
         self._reader = reader
 
-    def _layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+    @property
+    def chunks(self) -> ChunkReader | None:
+        """What reads whole chunks; None of codes."""
+        return self._reader.chunk if isinstance(self._reader, ShardedRows) else None
+
+    def layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         return self._reader.read(place, rows)
 
 
@@ -340,7 +393,7 @@ class _Rows(_Layers):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rows_again, (self._reader.path.absolute(), self._variable.name)
 
-    def _layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         variable = self._variable
         with self._lock:
             if place not in self._readers:

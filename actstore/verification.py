@@ -140,7 +140,8 @@ def verify(
         bytes. Several times slower.
     against : path or sequence of paths, optional
         Of an archive the logs that it was made of, in their order: every value and label is read
-        by zarr-python and compared with theirs.
+        by zarr-python and compared with theirs. For a shuffled one, the rows of a layer, or of
+        some small ones, are put into a temporary folder meanwhile (in ``TMPDIR``).
     progress : callable, optional
         Called with the bytes that are done and those that there are; where an archive is compared
         with logs, again from 0 with those of the values.

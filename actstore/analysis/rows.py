@@ -346,7 +346,7 @@ def _neighbours(axis: TokenAxis, rows: Integers, offsets: Integers) -> Integers:
     table = {one: axis.label(one).to_numpy() for one in columns}
     run = axis.label("run").to_numpy() if axis.run else np.zeros(axis.rows, np.int64)
     real = ~axis.label("is_padding").to_numpy().astype(np.bool_)
-    order = np.lexsort((table["pass_index"], table["batch_item"], run))
+    order = np.lexsort((axis.source, table["pass_index"], table["batch_item"], run))
     order = order[real[order]]
     same = np.ones(max(order.size - 1, 0), np.bool_)
     for column in (run, table["batch_item"]):

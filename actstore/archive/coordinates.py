@@ -17,6 +17,7 @@ from actstore.packet import Axis, LayerInfo, PassInfo, TokenRecord
 __all__ = [
     "ROW_LABELS",
     "RUN",
+    "SOURCE_ROW",
     "STRING",
     "Coordinate",
     "Runs",
@@ -37,6 +38,8 @@ ROW_LABELS: Final = (
     *("pass_index", "batch_item", "position", "token_id", "token_text", "is_padding", "step"),
 )
 RUN: Final = "run"
+#: And of a shuffled archive: which row it was as captured.
+SOURCE_ROW: Final = "source_row"
 _EXACT: Final = 1 << 53  # up to here float64 holds every integer
 _INT64: Final = range(-(1 << 63), 1 << 63)
 
@@ -105,7 +108,7 @@ def row_tables(
         counts = np.array([axis.rows for _, axis in mine], np.int64)
         tables[name] = RowTable(
             dim,
-            _prefix(dim, names, (*ROW_LABELS, *(RUN,) * several)),
+            _prefix(dim, names, (*ROW_LABELS, *(RUN,) * several, SOURCE_ROW)),
             int(counts.sum()),
             np.array([index for index, _ in mine], np.int64),
             np.cumsum(counts) - counts,

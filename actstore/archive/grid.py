@@ -43,6 +43,12 @@ class Segments:
         """How many rows they fill."""
         return int(self.count.sum())
 
+    def has(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell which of some rows of the variable are there."""
+        place = np.searchsorted(self.start, rows, side="right") - 1
+        inside: NDArray[np.bool_] = rows < self.start[place] + self.count[place]
+        return (place >= 0) & inside
+
     def filled(self, bounds: NDArray[np.int64]) -> NDArray[np.int64]:
         """Count the rows that are there between each two consecutive bounds."""
         ends = np.cumsum(self.count)

@@ -35,7 +35,8 @@ class Job:
 
     ``place`` is its place on ``layer``, where the array has that; ``dtype`` and ``fill`` are those
     of the rows; ``owners`` has the raw bytes that each module has in it; ``link`` is a file that
-    is this shard already; ``precision`` is how much of the rows is kept, if not all.
+    is this shard already; ``precision`` is how much of the rows is kept, if not all; ``beside`` is
+    the memory that reading its rows takes.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Job:
     read: Read
     link: Path | None = None
     precision: Precision | None = None
+    beside: int = 0
 
     @property
     def file(self) -> str:
@@ -67,10 +69,10 @@ class Job:
     @property
     def memory(self) -> int:
         """Bytes that writing it takes, at most."""
-        if self.precision is None:
-            return shards.memory_of(self.shard.present.size, self.chunk_bytes(self.dtype))
-        kind = self.precision.decoded_dtype(self.dtype)
-        return shards.memory_of(self.shard.present.size + _ROUNDING, self.chunk_bytes(kind))
+        chunks, kind = self.shard.present.size, self.dtype
+        if self.precision is not None:
+            chunks, kind = chunks + _ROUNDING, self.precision.decoded_dtype(kind)
+        return shards.memory_of(chunks, self.chunk_bytes(kind)) + self.beside
 
     def chunk_bytes(self, dtype: np.dtype) -> int:
         """Give the bytes of one of its chunks, in a dtype."""

@@ -20,12 +20,17 @@ from actstore import files
 from actstore.archive.jobs import Written
 from actstore.errors import ActstoreError, ArchiveError
 
-__all__ = ["Journal", "attempts_of"]
+__all__ = ["Journal", "attempts_of", "beside"]
 
 
 def attempts_of(folder: Path) -> Path:
     """Give where shards lie that other processes write, beside the folder that they are for."""
     return folder.with_name(f"{folder.name.removesuffix('.partial')}.attempts")
+
+
+def beside(folder: Path) -> Path:
+    """Give a folder beside that of an archive that is being made, for what its making needs."""
+    return folder.with_name(f"{folder.name}.rows")
 
 
 class Journal:
@@ -71,7 +76,8 @@ class Journal:
         self._take()
         try:
             self._check_target()
-            shutil.rmtree(attempts_of(self.folder), ignore_errors=True)  # of one that was killed
+            for left in (attempts_of(self.folder), beside(self.folder)):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             if not self._resume():
                 self._begin()
         except BaseException:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 import actstore
 from actstore import dtypes, files, hook_names
 from actstore.accessor import beneath_dask
+from actstore.archive.coordinates import SOURCE_ROW
 from actstore.bridges import arrow, safe_tensors
 from actstore.bridges.folders import LABELS
 from actstore.dataset import open_lazily
@@ -481,9 +482,18 @@ def _sequences(rows: _Rows, layer: _Layer, context: int | None) -> tuple[NDArray
     present = layer.read_present(slice(None))
     if present is not None:
         kept &= present
+    source = _label(rows, SOURCE_ROW)
+    if source in rows.labels and context != 1 and (np.diff(rows.column(source)) < 0).any():
+        msg = (
+            f"the rows of {layer.name!r} are shuffled, and no sequences; export "
+            f"dataset.sortby({source!r}), or sequences of context_size=1"
+        )
+        raise ConfigError(msg)
     begins = np.ones(rows.count, np.bool_)
     if rows.count:
         same = np.ones(rows.count - 1, np.bool_)
+        if source in rows.labels:
+            same &= np.diff(rows.column(source)) == 1
         for one in keys:
             column = rows.column(one)
             same &= column[1:] == column[:-1]

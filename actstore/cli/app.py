@@ -280,6 +280,7 @@ def recover(
     "compact",
     "actstore compact run.stream run.zarr",
     "actstore compact run.stream small.zarr --precision nmse=2e-4",
+    "actstore compact run.stream rows.zarr --layout shuffled --seed 1",
 )
 def compact(  # noqa: PLR0913 - options of a command, each by its name
     out: Output,
@@ -291,6 +292,10 @@ def compact(  # noqa: PLR0913 - options of a command, each by its name
         typer.Option(metavar="NAME", help="balanced, fast, dense or none; all are lossless."),
     ] = Profile.BALANCED,
     precision: Precisions = None,
+    layout: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the rows: captured, or shuffled for training.")
+    ] = "captured",
+    seed: Annotated[int, typer.Option(metavar="N", help="By which rows are shuffled.")] = 0,
     workers: Workers = 2,
     max_memory_gb: Memory = 1.0,
     scheduler: Scheduler = None,
@@ -323,6 +328,8 @@ def compact(  # noqa: PLR0913 - options of a command, each by its name
             target,
             profile=profile.value,
             precision=capturing.precisions(precision),
+            layout=layout,
+            seed=seed,
             workers=workers,
             max_memory_gb=max_memory_gb,
             client=client,

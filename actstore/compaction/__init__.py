@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from actstore import files, markup
 from actstore.archive import shards
+from actstore.archive.shuffling import check_layout
 from actstore.clusters import check_client
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Wanted
@@ -93,6 +94,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     *,
     profile: str = "balanced",
     precision: Wanted = None,
+    layout: str = "captured",
+    seed: int = 0,
     tokenizer: Any = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
@@ -142,6 +145,14 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
 
         The first three are plain floats in the archive; xarray decodes ``mse``, and
         `open_dataset`, or ``dataset.actstore.decode()`` of what others opened, all of them.
+    layout : {"captured", "shuffled"}
+        The order of the rows: the logs', or one drawn at random, the same for all arrays, as
+        training wants it. Each row knows by ``source_row`` which it was as captured:
+        ``dataset.sortby("source_row")`` is that order. Sequences are still found; logs can't be
+        appended. Beside the archive a file of the size of a layer is needed meanwhile, or of some
+        that are small.
+    seed : int
+        By which a shuffled order is drawn.
     tokenizer : object, optional
         With ``decode([id])``: gives the rows' ``token_text``.
     shapes, dtypes : mapping, optional
@@ -186,10 +197,13 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     began = time.monotonic()
     paths, target = paths_of(streams), files.path_of(out)
     shards.check_profile(profile)
+    drawn = check_layout(layout, seed)
     check_workers(workers)
     files.check_new(target)
     check_client(client)
-    recipe = OfLogs(tuple(path.absolute() for path in paths), shapes, dtypes, precision, ranks)
+    recipe = OfLogs(
+        tuple(path.absolute() for path in paths), shapes, dtypes, precision, ranks, drawn
+    )
     with recipe.made(tokenizer) as (content, mine):
         executor = chosen(client, recipe, content, mine, workers, max_memory_gb)
         made = write_archive(content, mine, target, profile, executor, progress)

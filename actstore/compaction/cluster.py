@@ -21,7 +21,9 @@ from actstore.archive.journal import attempts_of
 from actstore.compaction.content import Content
 from actstore.compaction.executing import Executor, Threads, fitting
 from actstore.compaction.recipe import Recipe
+from actstore.compaction.shuffling import Scattering
 from actstore.compaction.worker import Making, WorkerError, stamps_of, write
+from actstore.errors import ConfigError
 
 __all__ = ["Cluster", "batches", "chosen"]
 
@@ -44,11 +46,15 @@ def chosen(
     Raises
     ------
     ConfigError
-        Not even one shard fits into memory.
+        Not even one shard fits into memory, or shuffled rows are to be written by a cluster.
     """
-    threads = Threads(fitting(jobs, workers, gigabytes))
+    count = fitting(jobs, workers, gigabytes, content.shuffling_bytes(jobs))
     if client is None:
-        return threads
+        threads = Threads(count)
+        return threads if content.captured is None else Scattering(threads, count)
+    if content.captured is not None:
+        msg = "layout='shuffled' is written by this process alone; leave client out"
+        raise ConfigError(msg)
     return Cluster(client, recipe, content.fingerprint(jobs), gigabytes)
 
 

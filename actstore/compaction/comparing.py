@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.archive import store
-from actstore.archive.coordinates import STRING
+from actstore.archive import layout, store
+from actstore.archive.coordinates import SOURCE_ROW, STRING, prefix_of
 from actstore.archive.jobs import Job
 from actstore.archive.precision import Precision
-from actstore.compaction.content import shards_of
+from actstore.archive.shuffling import SEED, Shuffle, is_shuffled
+from actstore.compaction.content import Captured, shards_of
 from actstore.compaction.logs import Pathlike, opened, plan_log
+from actstore.compaction.shuffling import scattered
 from actstore.compaction.writing import Progress
 from actstore.errors import ArchiveError
 
@@ -42,11 +45,20 @@ def differences(
     ranks = next((one["ranks"] for one in logs if "ranks" in one), "all")
     with opened(streams, shapes, dtypes, ranks) as reader:
         plan = plan_log(reader)
-        said = attributes.get("precision", {})
-        precision = {name: Precision.parse(one) for name, one in said.items()}
-        mine = list(shards_of(reader, plan, precision))
+        precision = {
+            name: Precision.parse(one) for name, one in attributes.get("precision", {}).items()
+        }
+        captured = None
+        if is_shuffled(attributes):
+            try:
+                captured = Captured(plan, _shuffle(folder, plan, attributes))
+            except (OSError, ValueError, LookupError, ArchiveError) as error:
+                yield SOURCE_ROW, f"it can't be read as the order of the rows: {error}"
+                return
+            plan = captured.shuffled()
+        mine = list(shards_of(reader, plan, precision, captured))
         done, total = 0, sum(job.raw_bytes for job in mine)
-        for job in mine:
+        for job in _readable(mine, captured):
             if progress is not None:
                 progress(done, total)
             done += job.raw_bytes
@@ -63,6 +75,33 @@ def differences(
                 continue
             if not np.array_equal(found, one.values, equal_nan=one.values.dtype.kind == "f"):
                 yield one.name, "its values are not those of the logs"
+
+
+def _shuffle(folder: Path, plan: layout.Plan, attributes: Mapping[str, Any]) -> Shuffle:
+    """Read in which order the rows of an archive are.
+
+    Raises
+    ------
+    ArchiveError
+        It is none.
+    """
+    orders = {}
+    for dim in plan.rows:
+        prefix = prefix_of([one.name for one in plan.coordinates if one.dims == (dim,)]) or ""
+        orders[dim] = store.read_part(folder, f"{prefix}{SOURCE_ROW}", (slice(None),))
+    found = Shuffle(int(attributes[SEED]), orders)
+    found.check(plan.rows)
+    return found
+
+
+def _readable(jobs: Sequence[Job], captured: Captured | None) -> Iterator[Job]:
+    """Give shards; where rows are shuffled, those of a layer are scattered into a folder first."""
+    if captured is None:
+        yield from jobs
+        return
+    with tempfile.TemporaryDirectory(prefix="actstore-") as beside:
+        for batch in scattered(jobs, Path(beside) / "rows", 1):
+            yield from batch
 
 
 def _difference(folder: Path, job: Job) -> str:

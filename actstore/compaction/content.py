@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from actstore.archive import layout, store
 from actstore.archive.coordinates import pass_columns, token_columns
 from actstore.archive.jobs import Job, Read
 from actstore.archive.precision import Precision
+from actstore.archive.shuffling import Shuffle, reordered
 from actstore.compaction.logs import (
     Reader,
     element_reader,
@@ -27,13 +28,29 @@ from actstore.compaction.logs import (
     row_reader,
     runs_of,
 )
+from actstore.compaction.shuffling import Gather, Layer
 from actstore.errors import ConfigError
 from actstore.stream import summary
 
-__all__ = ["Content", "Wanted", "dense_jobs", "ragged_jobs", "shards_of"]
+__all__ = ["Captured", "Content", "Wanted", "dense_jobs", "ragged_jobs", "shards_of"]
+
+#: Of the log that are still held while shards are written.
+_BLOCKS: Final = 64 << 20
 
 #: A precision for all floats, or for the variables or sites whose names match.
 Wanted = str | Precision | Mapping[str, str | Precision] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Captured:
+    """What an archive would hold in the order of its logs, and the order that it has instead."""
+
+    plan: layout.Plan
+    shuffle: Shuffle
+
+    def shuffled(self) -> layout.Plan:
+        """Give the plan in that order."""
+        return reordered(self.plan, self.shuffle)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +71,8 @@ class Content:
         Counts of all of them, as `summary.merge` gives them.
     precision : mapping of str to Precision
         Of the variables that give up some.
+    captured : Captured or None
+        What is shuffled, where the rows are.
     """
 
     plan: layout.Plan
@@ -62,6 +81,7 @@ class Content:
     logs: tuple[Mapping[str, Any], ...]
     analysis: Mapping[str, Any]
     precision: Mapping[str, Precision] = field(default_factory=dict)
+    captured: Captured | None = None
 
     @classmethod
     def of(
@@ -70,11 +90,13 @@ class Content:
         tokenizer: Any = None,
         precision: Wanted = None,
         ranks: str = "all",
+        seed: int | None = None,
     ) -> Content:
-        """Plan the archive of a log, or of several."""
+        """Plan the archive of a log, or of several; of a seed, with shuffled rows."""
         plan, logs, runs = plan_log(reader, tokenizer), logs_of(reader), runs_of(reader)
+        captured = None if seed is None else Captured(plan, Shuffle.drawn(plan.rows, seed))
         return cls(
-            plan,
+            plan if captured is None else captured.shuffled(),
             {
                 "tokens": token_columns(reader.tokens, runs),
                 "passes": pass_columns(reader.passes, runs),
@@ -94,11 +116,18 @@ class Content:
             summary.merge([summary.summarise(one) for one in logs])
             | {"passes": len(reader.passes), "tokens": len(reader.tokens)},
             _precisions(plan, precision),
+            captured,
         )
+
+    def shuffling_bytes(self, jobs: Sequence[Job]) -> int:
+        """Give the bytes that shuffling takes beside threads: rows' places, decoded blocks."""
+        if self.captured is None:
+            return 0
+        return 3 * self.captured.shuffle.nbytes + min(_BLOCKS, sum(job.raw_bytes for job in jobs))
 
     def jobs(self, reader: Reader) -> list[Job]:
         """Give the shards to write."""
-        return list(shards_of(reader, self.plan, self.precision))
+        return list(shards_of(reader, self.plan, self.precision, self.captured))
 
     def fingerprint(self, jobs: Sequence[Job]) -> str:
         """Give what tells one making of an archive from another: the logs, plan and shards."""
@@ -112,20 +141,53 @@ class Content:
             ],
             "precision": {name: str(one) for name, one in self.precision.items()},
         }
+        if self.captured is not None:
+            said["shuffle"] = self.captured.shuffle.seed
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def shards_of(
-    reader: Reader, plan: layout.Plan, precision: Mapping[str, Precision]
+    reader: Reader,
+    plan: layout.Plan,
+    precision: Mapping[str, Precision],
+    captured: Captured | None = None,
 ) -> Iterator[Job]:
     """Give the shards to write: those that hold anything."""
-    for one in plan.variables:
-        rows = [row_reader(reader, one, place) for place in range(len(one.modules))]
-        reads = [partial(mine.read, fill=one.fill) if mine else None for mine in rows]
-        yield from dense_jobs(one, reads, precision.get(one.name))
+    if captured is None:
+        for one in plan.variables:
+            rows = [row_reader(reader, one, place) for place in range(len(one.modules))]
+            reads = [partial(mine.read, fill=one.fill) if mine else None for mine in rows]
+            yield from dense_jobs(one, reads, precision.get(one.name))
+    else:
+        for one, stored in zip(captured.plan.variables, plan.variables, strict=True):
+            mine = precision.get(one.name)
+            yield from _shuffled_jobs(reader, one, stored, captured.shuffle, mine)
     for ragged in plan.ragged:
         layers = reader.table.layer[ragged.packets]
         yield from ragged_jobs(ragged, layers, reader, element_reader(reader, ragged).read)
+
+
+def _shuffled_jobs(
+    reader: Reader,
+    captured: layout.Variable,
+    stored: layout.Variable,
+    shuffle: Shuffle,
+    precision: Precision | None,
+) -> Iterator[Job]:
+    """Give the shards of a variable whose rows are in another order than the logs'."""
+    axis = stored.token_axis
+    order, shard_rows = shuffle.orders[stored.dims[axis]], stored.shards[axis]
+    reads: list[Gather | None] = []
+    for place, segments in enumerate(captured.segments):
+        rows = row_reader(reader, captured, place)
+        reads.append(
+            Gather(Layer(rows, segments, order, shard_rows, stored.fill))
+            if rows is not None and segments is not None
+            else None
+        )
+    for job in dense_jobs(stored, reads, precision):
+        read = reads[(*job.place, 0)[0]]
+        yield job if read is None else replace(job, beside=read.layer.beside)
 
 
 def dense_jobs(

@@ -65,8 +65,8 @@ class Threads:
                 yield running[future], future.result()
 
 
-def fitting(jobs: Sequence[Job], workers: int, gigabytes: float) -> int:
-    """Give how many threads fit into memory.
+def fitting(jobs: Sequence[Job], workers: int, gigabytes: float, beside: int = 0) -> int:
+    """Give how many threads fit into memory, with so many bytes beside them.
 
     Raises
     ------
@@ -74,10 +74,10 @@ def fitting(jobs: Sequence[Job], workers: int, gigabytes: float) -> int:
         Not even one does.
     """
     needed = max((job.memory for job in jobs), default=0)
-    threads = (int(gigabytes * 1e9) - _BESIDE) // needed if needed else workers
+    threads = (int(gigabytes * 1e9) - _BESIDE - beside) // needed if needed else workers
     if threads < 1:
         msg = (
-            f"a shard of this archive needs {(needed + _BESIDE) / 1e9:.2f} GB of memory; "
+            f"a shard of this archive needs {(needed + _BESIDE + beside) / 1e9:.2f} GB of memory; "
             f"max_memory_gb is {gigabytes:.2f}: give that much"
         )
         raise ConfigError(msg)

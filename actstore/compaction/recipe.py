@@ -48,6 +48,8 @@ class OfLogs:
         As for `compact`.
     ranks : str
         As for `compact`.
+    seed : int or None
+        By which rows are shuffled, if they are.
     """
 
     paths: tuple[Path, ...]
@@ -55,10 +57,11 @@ class OfLogs:
     dtypes: Mapping[str, str] | None = None
     precision: Wanted = None
     ranks: str = "all"
+    seed: int | None = None
 
     @contextmanager
     def made(self, tokenizer: Any = None) -> Iterator[tuple[Content, list[Job]]]:
         """Open and plan the logs; see `Recipe`."""
         with opened(self.paths, self.shapes, self.dtypes, self.ranks) as reader:
-            content = Content.of(reader, tokenizer, self.precision, self.ranks)
+            content = Content.of(reader, tokenizer, self.precision, self.ranks, self.seed)
             yield content, content.jobs(reader)

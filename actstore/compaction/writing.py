@@ -22,6 +22,7 @@ from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.jobs import Job, Written
 from actstore.archive.journal import Journal
 from actstore.archive.precision import EXACT, SCALE, Errors
+from actstore.archive.shuffling import SEED
 from actstore.compaction.content import Content
 from actstore.compaction.executing import Executor, unverified
 from actstore.errors import ActstoreError, ArchiveError
@@ -246,11 +247,14 @@ def _attributes(
 ) -> dict[str, Any]:
     plan = content.plan
     labels = [one.name for one in plan.coordinates if one.dims != (one.name,)]
+    captured = content.captured
+    shuffled = {} if captured is None else {"layout": "shuffled", SEED: captured.shuffle.seed}
     return {
         "format": store.FORMAT,
         "format_version": store.VERSION,
         "coordinates": " ".join(labels),
         "rows": dict(plan.rows),
+        **shuffled,
         "aliases": dict(plan.aliases),
         "profile": profile,
         "precision": {name: str(one) for name, one in content.precision.items()},

@@ -215,10 +215,10 @@ def _rows(axis: TokenAxis, pass_index: int, item: int, count: int) -> NDArray[np
         return None
     passes = axis.label("pass_index").to_numpy()
     mine = axis.label("batch_item").to_numpy() == item
-    here = np.flatnonzero(mine & (passes == pass_index))
+    here = axis.as_captured(mine & (passes == pass_index))
     if here.size == count:
         return here
-    before = np.flatnonzero(mine & (passes <= pass_index))[-count:]
+    before = axis.as_captured(mine & (passes <= pass_index))[-count:]
     if before.size < count or not here.size or "position" not in axis:
         return None
     places = axis.label("position").to_numpy()[before]

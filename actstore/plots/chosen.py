@@ -115,7 +115,7 @@ def _of_pass(axis: TokenAxis, pass_index: int | None, item: int | None) -> NDArr
     for column, wanted in ((passes, pass_index), (items, item)):
         if wanted is not None:
             mask &= column == wanted
-    found = np.flatnonzero(mask & ~_padding(axis))
+    found = axis.as_captured(mask & ~_padding(axis))
     if not found.size:
         said = f"passes {passes.min()} to {passes.max()}" if axis.rows else "no rows"
         msg = f"there are no rows of pass {pass_index!r}, batch item {item!r}; there are {said}"
@@ -131,7 +131,7 @@ def _padding(axis: TokenAxis) -> NDArray[np.bool_]:
 
 def _first_sequence(axis: TokenAxis) -> NDArray[np.int64]:
     """Give the rows of the first batch item, as long as their positions follow each other."""
-    real = np.flatnonzero(~_padding(axis))
+    real = axis.as_captured(~_padding(axis))
     if real.size < 2 or "batch_item" not in axis or "position" not in axis:
         return real
     mask = axis.label("batch_item").to_numpy()[real] == axis.label("batch_item")[real[0]]

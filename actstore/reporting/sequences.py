@@ -1,7 +1,7 @@
 """Owns which rows of a token axis follow each other: its sequences, in the order of their rows.
 
 A sequence is one batch item, through the passes while its positions go on; padding is in none.
-What is held grows with the passes and their items, not with the rows.
+What is held grows with the passes and their items, not with the rows, unless those are shuffled.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.accessor import TokenAxis
+from actstore.archive.coordinates import SOURCE_ROW
 
 __all__ = ["Sequences"]
 
@@ -21,7 +22,7 @@ Ints = NDArray[np.int64]
 _NAMES: Final = ("pass_index", "batch_item", "position")
 _PIECE: Final = 1 << 20  # rows that labels are read of at once
 #: Columns of the table of runs: rows of one item of one pass, one behind the other.
-_START, _LENGTH, _RUN, _ITEM, _PASS, _POSITION = range(6)
+_START, _LENGTH, _RUN, _ITEM, _PASS, _POSITION, _CAPTURED = range(7)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +32,8 @@ class Sequences:
     Attributes
     ----------
     runs : numpy.ndarray
-        int64 [runs, 6]: first row, rows, run, batch item, pass, first position.
+        int64 [runs, 7]: first row, rows, run, batch item, pass, first position, and which row the
+        first was as captured.
     first : numpy.ndarray
         int64 [sequences + 1]: the place in ``runs`` with which each begins.
     """
@@ -43,17 +45,19 @@ class Sequences:
     def of(cls, axis: TokenAxis) -> Sequences:
         """Find the sequences of an axis; where rows don't say their position, all are one."""
         if any(one not in axis for one in _NAMES):
-            runs = np.array([[0, axis.rows, 0, -1, -1, 0]], np.int64)[: int(axis.rows > 0)]
+            runs = np.array([[0, axis.rows, 0, -1, -1, 0, 0]], np.int64)[: int(axis.rows > 0)]
             return cls(runs, np.arange(len(runs) + 1))
         parts = [_runs(axis, first) for first in range(0, axis.rows, _PIECE)]
-        runs = np.concatenate([np.zeros((0, 6), np.int64), *parts])
-        runs = runs[np.lexsort((runs[:, _START], runs[:, _PASS], runs[:, _ITEM], runs[:, _RUN]))]
+        runs = np.concatenate([np.zeros((0, 7), np.int64), *parts])
+        runs = runs[
+            np.lexsort((runs[:, _CAPTURED], runs[:, _PASS], runs[:, _ITEM], runs[:, _RUN]))
+        ]
         cut = np.ones(len(runs), np.bool_)
         same = (runs[1:, [_RUN, _ITEM]] == runs[:-1, [_RUN, _ITEM]]).all(axis=1)
         cut[1:] = ~same | (runs[1:, _POSITION] != runs[:-1, _POSITION] + runs[:-1, _LENGTH])
         starts = np.flatnonzero(cut)
         ends = np.append(starts[1:], len(runs))
-        order = np.argsort(runs[starts, _START], kind="stable")
+        order = np.argsort(runs[starts, _CAPTURED], kind="stable")
         counts = (ends - starts)[order]
         first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         picked = np.repeat(starts[order] - first[:-1], counts) + np.arange(len(runs))
@@ -78,7 +82,7 @@ class Sequences:
         places = np.flatnonzero(there)
         if not places.size:
             return None
-        place = int(places[np.lexsort((self.runs[places, _START], self.runs[places, _RUN]))[0]])
+        place = int(places[np.lexsort((self.runs[places, _CAPTURED], self.runs[places, _RUN]))[0]])
         number = int(np.searchsorted(self.first, place, side="right")) - 1
         return number, int(self.runs[self.first[number] : place, _LENGTH].sum())
 
@@ -110,7 +114,7 @@ class Sequences:
 
 
 def _runs(axis: TokenAxis, first: int) -> Ints:
-    """Find the runs of a piece of the rows: int64 [n, 6]."""
+    """Find the runs of a piece of the rows: int64 [n, 7]."""
     piece = slice(first, first + _PIECE)
 
     def read(label: str) -> NDArray[Any]:
@@ -125,7 +129,7 @@ def _runs(axis: TokenAxis, first: int) -> Ints:
         real = ~read("is_padding").astype(np.bool_)
     rows = np.flatnonzero(real)
     if not rows.size:
-        return np.zeros((0, 6), np.int64)
+        return np.zeros((0, 7), np.int64)
     cut = np.ones(rows.size, np.bool_)
     cut[1:] = np.diff(rows) != 1
     for column in (passes, items, run):
@@ -134,5 +138,6 @@ def _runs(axis: TokenAxis, first: int) -> Ints:
     starts = np.flatnonzero(cut)
     heads = rows[starts]
     lengths = np.diff(np.append(starts, rows.size))
-    found = (heads + first, lengths, run[heads], items[heads], passes[heads], positions[heads])
-    return np.stack(found, axis=1).astype(np.int64)
+    captured = read(SOURCE_ROW)[heads] if SOURCE_ROW in axis else heads + first
+    labels = (run[heads], items[heads], passes[heads], positions[heads])
+    return np.stack((heads + first, lengths, *labels, captured), axis=1).astype(np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.archive import store
-from actstore.archive.coordinates import ROW_LABELS, RUN, STRING, prefix_of
+from actstore.archive.coordinates import ROW_LABELS, RUN, SOURCE_ROW, STRING, prefix_of
 from actstore.archive.precision import EXACT, SCALE
 from actstore.archive.redacting import check_names
 from actstore.errors import ConfigError
@@ -253,7 +253,7 @@ def _labels(root: Mapping[str, Any]) -> list[str]:
     found = []
     for names in _row_labels(root).values():
         prefix = prefix_of(names) or ""
-        own = {f"{prefix}{one}" for one in (*ROW_LABELS, RUN)}
+        own = {f"{prefix}{one}" for one in (*ROW_LABELS, RUN, SOURCE_ROW)}
         found += [name for name in names if name not in own]
     added = root["attributes"].get("added", {})
     return list(dict.fromkeys([*found, *(one for one in added if "/" not in one)]))

@@ -5,6 +5,7 @@ Which packets are which rows is planned elsewhere; here they are only fetched, b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -68,14 +69,47 @@ class RowReader:
             [last - first, *row_shape] in the dtype of datasets; missing rows hold ``fill``.
         """
         out = np.full((last - first, *self._row_shape), fill, self._dtype.array)
+        for low, high, values in self._parts(first, last):
+            out[low - first : high - first] = widen(values, self._dtype)
+        return out
+
+    def read_into(self, out: NDArray[Any], first: int, last: int) -> None:
+        """Read rows as the log has them; missing ones are left as they are.
+
+        Parameters
+        ----------
+        out : numpy.ndarray
+            [last - first, *row_shape] in the packets' dtype.
+        first, last : int
+            The rows, the latter not included.
+        """
+        for low, high, values in self._parts(first, last):
+            out[low - first : high - first] = values
+
+    def cuts(self) -> Integers:
+        """Give the rows, ascending, at which another block begins: read to there, it is done."""
+        new = np.ones(self._start.size, np.bool_)
+        new[1:] = (self._block[1:] != self._block[:-1]) | (self._block[1:] < 0)
+        return self._start[new]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row."""
+        return self._row_shape
+
+    @property
+    def dtype(self) -> DType:
+        """The packets' dtype."""
+        return self._dtype
+
+    def _parts(self, first: int, last: int) -> Iterator[tuple[int, int, NDArray[Any]]]:
+        """Give the rows that are there, of a segment each, and their values."""
         begin = int(np.searchsorted(self._start + self._count, first, side="right"))
         end = int(np.searchsorted(self._start, last, side="left"))
         for segment in range(begin, end):
             start, count = int(self._start[segment]), int(self._count[segment])
             low, high = max(first, start), min(last, start + count)
-            values = self._values(segment, low - start, high - low)
-            out[low - first : high - first] = widen(values, self._dtype)
-        return out
+            yield low, high, self._values(segment, low - start, high - low)
 
     def _values(self, segment: int, skip: int, count: int) -> NDArray[Any]:
         size = count * self._row_bytes

@@ -23,16 +23,16 @@ from actstore.archive import grid
 grid.CHUNK_BYTES, grid.SHARD_BYTES = 1 << 12, 1 << 14
 import actstore
 print("begin", flush=True)
-report = actstore.compact(sys.argv[1], sys.argv[2])
+report = actstore.compact(sys.argv[1], sys.argv[2], layout=sys.argv[3])
 print(report.shards_resumed, report.shards_verified, flush=True)
 """
 
 
-def start(log: Path, out: Path) -> subprocess.Popen[str]:
+def start(log: Path, out: Path, layout: str = "captured") -> subprocess.Popen[str]:
     """Start a compaction; return when it has begun."""
     env = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(log), str(out)],
+        [sys.executable, "-c", CHILD, str(log), str(out), layout],
         stdout=subprocess.PIPE, text=True, env=env,
     )  # fmt: skip
     assert child.stdout is not None
@@ -40,7 +40,9 @@ def start(log: Path, out: Path) -> subprocess.Popen[str]:
     return child
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
+def kill_and_resume(
+    folder: Path, kills: int, seed: int = 0, layout: str = "captured"
+) -> tuple[int, int]:
     """Kill compactions of one log at random points, then let each end.
 
     Returns
@@ -51,14 +53,14 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
     log = decoder_log(folder / "run.stream", steps=200, width=96, vocab=160).path
     whole = folder / "whole.zarr"
     began = time.monotonic()
-    start(log, whole).communicate()
+    start(log, whole, layout).communicate()
     took = time.monotonic() - began
     wanted = files_of(whole)
     generator = random.Random(seed)
     killed = resumed = 0
     for number in range(kills):
         out = folder / f"{number}.zarr"
-        child = start(log, out)
+        child = start(log, out, layout)
         time.sleep(generator.uniform(0, took))
         child.kill()
         child.communicate()
@@ -66,7 +68,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
             assert files_of(out) == wanted
             continue
         killed += 1
-        said, _ = start(log, out).communicate()
+        said, _ = start(log, out, layout).communicate()
         skipped, verified = map(int, said.split())
         assert skipped <= verified
         resumed += skipped
@@ -80,6 +82,18 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
 def test_a_killed_compaction_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     killed, _ = kill_and_resume(tmp_path, KILLS)
     assert killed
+
+
+def test_a_killed_shuffling_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    killed, _ = kill_and_resume(tmp_path, KILLS, layout="shuffled")
+    assert killed
+
+
+@pytest.mark.crash
+def test_shuffling_killed_at_fifteen_points(tmp_path: Path) -> None:
+    killed, resumed = kill_and_resume(tmp_path, 15, seed=2, layout="shuffled")
+    assert killed > 5
+    assert resumed
 
 
 @pytest.mark.crash
