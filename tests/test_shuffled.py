@@ -373,14 +373,14 @@ def test_figures_show_the_same_sequences(tmp_path: Path) -> None:
 
 def test_a_page_shows_the_same_sequence(tmp_path: Path) -> None:
     from actstore.accessor import token_axes
-    from actstore.reporting.values import Limits, _Found, _sequence
+    from actstore.reporting.values import Found, Limits, _sequence
 
     captured, shuffled = both(decoder_log(tmp_path / "run.stream", steps=30).path, tmp_path)
     for sequence in (None, (0, 1), (5, 0)):
         found = []
         for one in (captured, shuffled):
             axis_ = token_axes(one)["token"]
-            rows = _sequence(axis_, Limits(20, sequence, 1.0), _Found())
+            rows = _sequence(axis_, Limits(20, sequence, 1.0), Found())
             found.append(one.isel(token=rows))
         same(found[1], found[0])
         assert found[0].sizes["token"] > 1
