@@ -188,6 +188,15 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return logs_of(tmp_path_factory.mktemp("mesh"), (1, 2, 2))
 
 
+def test_united_rows_are_shuffled_as_any(mesh: list[Path], tmp_path: Path) -> None:
+    captured = actstore.compact(mesh, tmp_path / "captured.zarr").path
+    shuffled = actstore.compact(mesh, tmp_path / "shuffled.zarr", layout="shuffled").path
+    with actstore.open_dataset(captured) as wanted, actstore.open_dataset(shuffled) as found:
+        assert not np.array_equal(found.source_row, np.arange(found.sizes["token"]))
+        again = found.sortby("source_row").drop_vars("source_row")
+        xr.testing.assert_equal(again.compute(), wanted.compute())
+
+
 def refused(logs: Sequence[Path], *told: str, ranks: str = "all") -> None:
     with pytest.raises(ConfigError) as error, opened(logs, None, None, ranks):
         pass

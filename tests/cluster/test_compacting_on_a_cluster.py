@@ -31,10 +31,12 @@ from actstore.compaction.recipe import OfLogs
 from actstore.compaction.worker import Making, WorkerError, stamps_of
 from actstore.errors import ArchiveError, ConfigError
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
 sys.path.insert(0, str(Path(__file__).parent))
 from clusters import cluster_of, kill, kill_one_of_four, processes, small_shards
 from logs import LogBuilder, axis, decoder_log, files_of, random_values
+from test_ranks import logs_of
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +108,19 @@ def test_every_site_of_a_decoder_is_the_same(client: Client, log: Path, tmp_path
         actstore.compact(log, tmp_path / f"{name}.zarr", tokenizer=tokenizer, **options)
     assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "b.zarr")
     assert actstore.verify(tmp_path / "b.zarr", against=log).ok
+
+
+def test_the_logs_of_ranks_are_united_on_the_workers(client: Client, tmp_path: Path) -> None:
+    logs = logs_of(tmp_path, (2, 1, 2))
+    actstore.compact(logs, tmp_path / "a.zarr")
+    actstore.compact(logs, tmp_path / "b.zarr", client=client)
+    assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "b.zarr")
+
+
+def test_shuffled_rows_are_not_for_a_cluster(client: Client, log: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave client out"):
+        actstore.compact(log, tmp_path / "a.zarr", layout="shuffled", client=client)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.stream"]
 
 
 def test_a_log_named_from_where_only_the_client_is(
