@@ -12,6 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from actstore import files
+from actstore.buckets import RemotePath, remote
 from actstore.capture.memory import Memory
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import CaptureError, ConfigError
@@ -258,8 +259,8 @@ class InstrumentationFramework:
         StreamCorruptError
             It is a damaged log.
         """
-        place = files.path_of(data_path)
-        if place.is_dir():
+        place = remote(data_path) or files.path_of(data_path)
+        if place.is_dir() or (isinstance(place, RemotePath) and (place / "zarr.json").exists()):
             from actstore.archive.store import read_attributes
 
             return {"stream_path": str(place), **read_attributes(place)["analysis"]}

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actstore import codecs, files
 from actstore.archive.zipped import Place, ZipPath
+from actstore.buckets import RemotePath
 from actstore.errors import ConfigError
 
 __all__ = [
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 Bytes = NDArray[np.uint8]
-PlaceT = TypeVar("PlaceT", Path, ZipPath, Place)
+PlaceT = TypeVar("PlaceT", Path, ZipPath, RemotePath, Place)
 
 EMPTY: Final = (1 << 64) - 1
 _INDEX_BYTES: Final = 16  # of a chunk: its place and its length

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from actstore import files, markup
-from actstore.archive import shards
+from actstore.archive import shards, uploads
+from actstore.buckets import RemotePath
 from actstore.compaction.content import Content, Wanted
 from actstore.compaction.executing import Threads, check_workers, fitting
-from actstore.compaction.logs import Pathlike, opened, paths_of
+from actstore.compaction.logs import Pathlike, opened, path_of, paths_of
 from actstore.compaction.writing import Progress, write_archive
+from actstore.stream import segments
 
 __all__ = ["CompactionReport", "Pathlike", "Progress", "compact"]
 
@@ -31,7 +33,7 @@ class CompactionReport:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
         The archive.
     rows : mapping of str to int
         Rows of each token axis.
@@ -50,7 +52,7 @@ class CompactionReport:
         What it took.
     """
 
-    path: Path
+    path: Path | RemotePath
     rows: Mapping[str, int]
     variables: tuple[str, ...]
     aliases: Mapping[str, str]
@@ -97,6 +99,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     max_memory_gb: float = _MEMORY_GB,
     remove_logs: bool = False,
     progress: Progress | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    spool: Pathlike | None = None,
 ) -> CompactionReport:
     """Compact logs into a Zarr v3 archive, verified before it appears.
 
@@ -110,7 +114,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         in the order of the logs as they are given here, then pass, batch item, position; with
         several, the coordinate ``run`` has the number of the log.
     out : path
-        The archive, a folder that must not exist; by custom ``name.zarr``.
+        The archive, a folder that must not exist, or the URL of one in a bucket
+        (``s3://bucket/run.zarr``); by custom ``name.zarr``. It is uploaded shard by shard, and is
+        an archive with the last object, its root's metadata.
     profile : {"balanced", "fast", "dense", "none"}
         Of the archive's chunks, always lossless: small at little cost; LZ4; the smallest, which
         takes about three times as long to encode, and no longer to read; raw.
@@ -146,6 +152,12 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         Remove the logs when the archive is whole, verified and on the disk.
     progress : callable, optional
         Called with the bytes that are done and those that there are.
+    storage_options : mapping, optional
+        Of a bucket that ``streams`` or ``out`` are in, as for `open_dataset`.
+    spool : path, optional
+        Of an archive in a bucket the folder for the few shards that wait for their upload, and
+        for the notes by which the same call goes on after a kill: by default that of the log, or
+        the working directory where the log is in a bucket, too.
 
     Returns
     -------
@@ -160,20 +172,29 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     ArchiveError
         ``out`` exists, can't be written, or what was written doesn't read back as the log has
         it.
+    BucketError
+        A bucket doesn't answer; what is uploaded is kept there, for the same call to go on.
     MissingFileError, FormatError, StreamCorruptError
         As for `open_stream`.
     """
     began = time.monotonic()
-    paths, target = paths_of(streams), files.path_of(out)
+    paths, target = paths_of(streams, storage_options), path_of(out, storage_options)
     shards.check_profile(profile)
     check_workers(workers)
-    files.check_new(target)
+    if isinstance(target, RemotePath):
+        uploads.check_new(target)
+    else:
+        files.check_new(target)
     with opened(paths, shapes, dtypes) as reader:
         content = Content.of(reader, tokenizer, precision)
         mine = content.jobs(reader)
         threads = Threads(fitting(mine, workers, max_memory_gb))
-        made = write_archive(content, mine, target, profile, threads, progress)
+        waiting = uploads.spool_of(spool, paths[0])
+        made = write_archive(content, mine, target, profile, threads, progress, waiting)
     if remove_logs:
         for path in paths:
-            path.unlink()
+            if isinstance(path, RemotePath):
+                segments.remove(path.bucket)
+            else:
+                path.unlink()
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)
