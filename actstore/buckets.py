@@ -142,6 +142,13 @@ class Bucket:
     def __hash__(self) -> int:
         return hash(self.url)
 
+    def another(self, url: str) -> Bucket:
+        """Give what lies below another URL, reached in the same way."""
+        if self._store is not None:
+            msg = f"{self.url} is a store of obstore, beside which nothing can be put: give a URL"
+            raise ConfigError(msg)
+        return Bucket(url, self._options)
+
     @cached_property
     def driver(self) -> _Driver:
         """What does the requests."""
@@ -501,6 +508,15 @@ class RemotePath:
     def absolute(self) -> RemotePath:
         """Give the same place."""
         return self
+
+    def beside(self, end: str) -> RemotePath:
+        """Give the object whose URL is this one's, with something behind it."""
+        folder, _, name = str(self).rpartition("/")
+        return RemotePath(self.bucket.another(folder), name + end)
+
+    def put(self, data: bytes) -> None:
+        """Write the object here, in place of what there is."""
+        self.bucket.put(self.inside, data)
 
     def fetched(self) -> RemotePath:
         """Give the same place, with what is there, read in one request.

@@ -13,6 +13,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ __all__ = ["CLAIM", "Uploads", "check_new", "discard", "spool_of"]
 CLAIM: Final = ".making.json"
 _ROOT: Final = "zarr.json"
 _JSON_LIMIT: Final = 1 << 20
+_AT_ONCE: Final = 8  # small objects
 
 
 class Uploads(Journal):
@@ -69,11 +71,13 @@ class Uploads(Journal):
     @property
     def place(self) -> RemotePath:
         """Where what was made so far can be read: with what is here uploaded first."""
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name != _ROOT and name not in self._sent:
-                self._send(name)
-                self._sent.add(name)  # it stays: the root's metadata is made of it
+        inside = (path.relative_to(self.folder) for path in self.folder.rglob("*"))
+        names = [one.as_posix() for one in sorted(inside) if (self.folder / one).is_file()]
+        missing = [name for name in names if name != _ROOT and name not in self._sent]
+        with ThreadPoolExecutor(_AT_ONCE, "actstore-upload") as pool:
+            for _ in pool.map(self._send, missing):
+                pass
+        self._sent.update(missing)  # they stay: the root's metadata is made of them
         return self.target
 
     def finish(self) -> None:

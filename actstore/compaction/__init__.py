@@ -14,14 +14,15 @@ from typing import Any, Final
 
 from actstore import files, markup
 from actstore.archive import shards, uploads
-from actstore.buckets import RemotePath
+from actstore.buckets import RemotePath, remote
 from actstore.compaction.content import Content, Wanted
 from actstore.compaction.executing import Threads, check_workers, fitting
 from actstore.compaction.logs import Pathlike, opened, path_of, paths_of
 from actstore.compaction.writing import Progress, write_archive
+from actstore.errors import ConfigError
 from actstore.stream import segments
 
-__all__ = ["CompactionReport", "Pathlike", "Progress", "compact"]
+__all__ = ["CompactionReport", "Pathlike", "Progress", "compact", "discard"]
 
 _WORKERS: Final = 2
 _MEMORY_GB: Final = 1.0
@@ -198,3 +199,32 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
             else:
                 path.unlink()
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)
+
+
+def discard(url: str, *, storage_options: Mapping[str, Any] | None = None) -> int:
+    """Remove what a compaction into a bucket left that will not go on.
+
+    Parameters
+    ----------
+    url : str
+        Of the archive that was to be.
+    storage_options : mapping, optional
+        As for `open_dataset`.
+
+    Returns
+    -------
+    int
+        How many objects were removed.
+
+    Raises
+    ------
+    ConfigError
+        It is no URL.
+    ArchiveError
+        There is a whole archive, or nothing of one; nothing is removed.
+    """
+    where = remote(url, storage_options)
+    if where is None:
+        msg = f"discard wants the URL of an archive in a bucket; got {url!r}"
+        raise ConfigError(msg)
+    return uploads.discard(where)

@@ -122,6 +122,11 @@ class LogFile:
         if os is not None:  # at the interpreter's exit, modules may be gone
             self.close()
 
+    @property
+    def descriptor(self) -> int:
+        """The open file's."""
+        return self._descriptor
+
     def grow(self) -> bool:
         """Take in what was appended since; tell whether anything was."""
         before, self.size = self.size, os.fstat(self._descriptor).st_size
