@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final, NamedTuple, Protocol, TypeVar
 
 from actstore.errors import BucketError, ConfigError
@@ -29,6 +29,7 @@ T = TypeVar("T")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 #: What obstore reads and writes; all else is fsspec's.
 _OBSTORE: Final = re.compile(r"(s3a?|gs|az|azure|adl|abfss?|https?|file)://")
+_KNOWN: Final = ("s3://", "s3a://", "gs://", "az://", "abfs://", "abfss://", "memory://")
 #: A single request's body; what is larger goes up in parts of `_PART`.
 _ONE_PUT: Final = 16 << 20
 _PART: Final = 8 << 20
@@ -63,9 +64,7 @@ class _Driver(Protocol):
 
 def is_remote(path: object) -> bool:
     """Whether a path that was given is a URL, a store of obstore, or a `RemotePath`."""
-    if isinstance(path, str):
-        return _URL.match(path) is not None
-    return isinstance(path, RemotePath) or _is_store(path)
+    return isinstance(path, RemotePath) or _url_of(path) is not None or _is_store(path)
 
 
 def remote(path: Any, options: Mapping[str, Any] | None = None) -> RemotePath | None:
@@ -93,11 +92,23 @@ def remote(path: Any, options: Mapping[str, Any] | None = None) -> RemotePath | 
             msg = f"storage_options are of a bucket; {path!r} is no URL: leave them out"
             raise ConfigError(msg)
         return None
-    if isinstance(path, str):
-        found = Bucket(path, options)
+    url = _url_of(path)
+    if url is not None:
+        found = Bucket(url, options)
         _ = found.driver  # says at once what is wrong with the URL
         return RemotePath(found)
     return RemotePath(Bucket(str(path), options, path))
+
+
+def _url_of(path: object) -> str | None:
+    """Give the URL that a path is, also one that went through a `Path`, which has lost a slash."""
+    if isinstance(path, str):
+        return path if _URL.match(path) else None
+    if isinstance(path, Path):
+        scheme, colon, rest = str(path).partition(":/")
+        if colon and rest and f"{scheme}://" in _KNOWN and not Path(f"{scheme}:").exists():
+            return f"{scheme}://{rest.lstrip('/')}"
+    return None
 
 
 def _is_store(path: object) -> bool:
@@ -211,11 +222,11 @@ class Bucket:
             try:
                 tag = self.driver.put(name, data, new=new)
             except FileExistsError:
-                if self.driver.get(name, None) != bytes(data):
+                if not self._has(name, data):
                     raise
                 return
             # MD5s are what S3 calls an object; elsewhere, or encrypted, it is read back
-            if not _is_tag(tag, data) and self.driver.get(name, None) != bytes(data):
+            if not _is_tag(tag, data) and not self._has(name, data):
                 msg = "what is read back are other bytes"
                 raise OSError(msg)
 
@@ -231,15 +242,25 @@ class Bucket:
             self._kept[name] = self.get(name, limit=limit)
         return self._kept[name]
 
+    def _has(self, name: str, data: Any) -> bool:
+        try:
+            return self.driver.get(name, None) == bytes(data)
+        except FileNotFoundError as error:  # another was being written at the same time
+            msg = "it is not there"
+            raise OSError(msg) from error
+
     def _tried(self, verb: str, name: str, request: Callable[[], T]) -> T:
         """Do a request, again after a while where the store or the way there has a fault."""
         for count in range(_TRIES):
             try:
                 return request()
-            except (FileNotFoundError, FileExistsError, ValueError):
+            except (FileExistsError, ValueError):
                 raise
             except Exception as error:
-                if _is_final(error) or count == _TRIES - 1:
+                missing = isinstance(error, FileNotFoundError)
+                if missing and verb in ("read", "find"):
+                    raise
+                if missing or _is_final(error) or count == _TRIES - 1:
                     place = f"{self.url}/{name}" if name else self.url
                     msg = (
                         f"could not {verb} {place}: {_told(error)}; asked {count + 1} times: see "
@@ -247,7 +268,7 @@ class Bucket:
                         "again to go on"
                     )
                     raise BucketError(msg) from error
-            time.sleep(_BACKOFF * 2**count * (0.5 + random.random()))  # noqa: S311 - no secret
+            time.sleep(_BACKOFF * 2**count * (0.5 + random.random()))
         raise AssertionError  # the last try returns or raises
 
 
@@ -348,7 +369,7 @@ class _Obstore:
         return data
 
     def part(self, name: str, offset: int, length: int) -> bytes:
-        wanted = {"range": (offset, offset + length)}
+        wanted: Any = {"range": (offset, offset + length)}
         found = self._obstore.get(self._store, name, options=wanted)
         start, end = found.range
         data = bytes(found.bytes())

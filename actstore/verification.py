@@ -119,7 +119,7 @@ class Report:
         return told + (damage if rows else "")
 
 
-def verify(
+def verify(  # noqa: PLR0911 - one for each container
     path: str | os.PathLike[str],
     *,
     decode: bool = False,
@@ -169,10 +169,9 @@ def verify(
         and what decodes them is missing.
     """
     far = remote(path, storage_options)
+    if far is not None and against is None and _is_log(far):
+        return _verify_log(far, progress, decode=decode)
     if far is not None:
-        log = not (far / "zarr.json").exists() and is_segmented(far)
-        if log and against is None:
-            return _verify_log(far, progress, decode=decode)
         return _verify_archive(far, against, progress)
     place = files.existing(path, "verify")
     if place.is_dir():
@@ -190,6 +189,10 @@ def verify(
         return _verify_hdf5(place, progress)
     msg = f"{place} is neither a .stream log nor an archive: a Zarr folder, .zarr.zip or .h5"
     raise FormatError(msg)
+
+
+def _is_log(far: RemotePath) -> bool:
+    return not (far / "zarr.json").exists() and is_segmented(far)
 
 
 def _verify_archive(
@@ -265,9 +268,7 @@ def _verify_legacy(path: Path) -> Report:
         return Report(path, "legacy log", damage, checked, reader.file_bytes, complete)
 
 
-def _verify_log(
-    path: Path | RemotePath, progress: Progress | None, *, decode: bool
-) -> Report:
+def _verify_log(path: Path | RemotePath, progress: Progress | None, *, decode: bool) -> Report:
     try:
         reader = StreamReader(path, errors="skip")
     except StreamCorruptError as error:

@@ -263,7 +263,7 @@ def _seal(out: Bytes, start: int, end: int) -> int:
     return end + _CRC.size
 
 
-def is_sealed(data: bytes) -> bool:
+def is_sealed(data: bytes | memoryview) -> bool:
     """Whether bytes end with the checksum of what stands before, as all chunks do."""
     body, seal = memoryview(data)[: -_CRC.size], data[-_CRC.size :]
     return len(data) >= _CRC.size and castagnoli.crc32c(body) == _CRC.unpack(seal)[0]

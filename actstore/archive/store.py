@@ -318,7 +318,7 @@ class _Objects(Store):
     def __str__(self) -> str:
         return str(self._where)
 
-    def with_read_only(self, read_only: bool = False) -> _Objects:  # noqa: FBT001,FBT002 - zarr's
+    def with_read_only(self, read_only: bool = False) -> _Objects:
         if not read_only:
             msg = f"{self._where} is read, and not written, as a store of zarr"
             raise ArchiveError(msg)
@@ -356,11 +356,12 @@ class _Objects(Store):
         return await asyncio.to_thread((self._where / key).exists)
 
     async def set(self, key: str, value: Buffer) -> None:
-        del value
-        self._check_writable()
+        msg = f"{self._where / key} is read, and not written, as a store of zarr; {value!r}"
+        raise ArchiveError(msg)
 
     async def delete(self, key: str) -> None:
-        self._check_writable()
+        msg = f"{self._where / key} is read, and not removed, as a store of zarr"
+        raise ArchiveError(msg)
 
     async def list(self) -> AsyncIterator[str]:
         async for name in self.list_prefix(""):

@@ -172,7 +172,9 @@ class Uploads(Journal):
 
     def _discard(self) -> None:
         super()._discard()
-        if not (self.target / _ROOT).exists():
+        if (self.target / _ROOT).exists():
+            self.target.bucket.delete(self._name(CLAIM))
+        else:
             _remove(self.target)
 
 

@@ -16,7 +16,7 @@ from actstore import files, markup
 from actstore.archive import shards, uploads
 from actstore.buckets import RemotePath, remote
 from actstore.compaction.content import Content, Wanted
-from actstore.compaction.executing import Threads, check_workers, fitting
+from actstore.compaction.executing import SENT_GB, Threads, check_workers, fitting
 from actstore.compaction.logs import Pathlike, opened, path_of, paths_of
 from actstore.compaction.writing import Progress, write_archive
 from actstore.errors import ConfigError
@@ -189,7 +189,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     with opened(paths, shapes, dtypes) as reader:
         content = Content.of(reader, tokenizer, precision)
         mine = content.jobs(reader)
-        threads = Threads(fitting(mine, workers, max_memory_gb))
+        sent = SENT_GB if isinstance(target, RemotePath) else 0.0
+        threads = Threads(fitting(mine, workers, max_memory_gb - sent))
         waiting = uploads.spool_of(spool, paths[0])
         made = write_archive(content, mine, target, profile, threads, progress, waiting)
     if remove_logs:

@@ -13,15 +13,27 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from actstore.archive import jobs, shards
+from actstore.archive.grid import SHARD_BYTES
 from actstore.archive.jobs import Job, Written
 from actstore.errors import ArchiveError, ConfigError
 
-__all__ = ["Executor", "Sending", "Threads", "check_workers", "fitting", "unverified", "write_shard"]
+__all__ = [
+    "SENT_GB",
+    "Executor",
+    "Sending",
+    "Threads",
+    "check_workers",
+    "fitting",
+    "unverified",
+    "write_shard",
+]
 
 #: What a compaction holds beside its shards: the logs' tables, and what of them is decoded.
 _BESIDE: Final = 64 << 20
 #: Shards that are uploaded at a time.
 _SENDERS: Final = 2
+#: GB of memory that these take.
+SENT_GB: Final = _SENDERS * SHARD_BYTES / 1e9
 
 
 class Executor(Protocol):

@@ -66,9 +66,7 @@ def paths_of(
     return [path_of(one, storage_options) for one in streams]
 
 
-def path_of(
-    path: Pathlike, storage_options: Mapping[str, Any] | None
-) -> Path | RemotePath:
+def path_of(path: Pathlike, storage_options: Mapping[str, Any] | None) -> Path | RemotePath:
     """Give a path of this machine, or a place in a bucket."""
     far = remote(path, storage_options) if is_remote(path) else None
     return files.path_of(path) if far is None else far

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.buckets import RemotePath
 from actstore.errors import ConfigError
 from actstore.packet import LayerInfo
 from actstore.stream.reader import StreamReader
@@ -73,7 +74,7 @@ class JoinedReader:
         self.table = self._table()
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | RemotePath:
         """The first log."""
         return self.readers[0].path
 
@@ -106,9 +107,9 @@ class JoinedReader:
     # -- putting together -----------------------------------------------------------------------
 
     def _check_runs(self) -> None:
-        seen: dict[Any, Path] = {}
+        seen: dict[Any, Path | RemotePath] = {}
         for one in self.readers:
-            run = one.header.get("run_id", str(one.path.resolve()))
+            run = one.header.get("run_id", _place(one))
             if run in seen:
                 msg = (
                     f"{one.path} and {seen[run]} are logs of the same run {run!r}; give each run "
@@ -181,3 +182,8 @@ def _passes_of(reader: StreamReader) -> int:
     """Give how many indices the passes of a log take."""
     last = max((info.index for info in reader.passes), default=-1)
     return max(last, int(reader.table.pass_index.max(initial=-1))) + 1
+
+
+def _place(reader: StreamReader) -> str:
+    path = reader.path
+    return str(path.resolve() if isinstance(path, Path) else path)

@@ -37,7 +37,7 @@ from actstore.stream.records import (
     Text,
     Token,
 )
-from actstore.stream.scan import Damage, Scan, scan
+from actstore.stream.scan import Damage, LogFile, Scan, scan
 from actstore.stream.segments import log_file
 from actstore.stream.table import BlockPlace, PacketTable
 
@@ -55,7 +55,7 @@ _BARE: Final = (Opcode.LAYER, Opcode.TOKEN, Opcode.TEXT)
 
 
 def open_stream(
-    path: str | Path,
+    path: str | Path | RemotePath,
     errors: str = "raise",
     *,
     follow: bool = False,
@@ -107,11 +107,11 @@ def open_stream(
     from actstore.stream.legacy import LegacyReader, is_legacy  # which is a StreamReader
 
     far = remote(path, storage_options)
-    if far is None and is_legacy(path):
+    if far is None and is_legacy(Path(path)):
         if follow:
             msg = f"{path} is a log of llm-instrumentation, which can't be followed"
             raise ConfigError(msg)
-        return LegacyReader(path, errors, shapes=shapes, dtypes=dtypes)
+        return LegacyReader(Path(path), errors, shapes=shapes, dtypes=dtypes)
     reader = StreamReader(far or path, errors, follow=follow)
     if shapes is not None or dtypes is not None:
         reader.close()
@@ -164,7 +164,9 @@ class StreamReader:
         self._skip = errors == "skip"
         self._follow = follow
         if follow and isinstance(path, RemotePath):
-            msg = f"{path} is in a bucket, which doesn't tell when it grows; open it without follow"
+            msg = (
+                f"{path} is in a bucket, which doesn't tell when it grows; open it without follow"
+            )
             raise ConfigError(msg)
         self._file = log_file(self.path)
         try:
@@ -222,6 +224,20 @@ class StreamReader:
         """Close the file; a second call does nothing."""
         self._file.close()
         self._cache.clear()
+
+    @property
+    def local(self) -> Path:
+        """The log, where it is a file of this machine.
+
+        Raises
+        ------
+        ConfigError
+            It is in a bucket.
+        """
+        if isinstance(self.path, RemotePath):
+            msg = f"{self.path} is in a bucket; this is done with a log that is a file here"
+            raise ConfigError(msg)
+        return self.path
 
     # -- what the log says ----------------------------------------------------------------------
 
@@ -674,7 +690,9 @@ class _Parts:
         self.blocks.append(BlockPlace(entry, block, group))
 
 
-def _codec_table(header: Mapping[str, Any], path: Path | RemotePath) -> dict[int, Mapping[str, Any] | None]:
+def _codec_table(
+    header: Mapping[str, Any], path: Path | RemotePath
+) -> dict[int, Mapping[str, Any] | None]:
     declared = header.get("codecs")
     if not isinstance(declared, dict):
         msg = f"the HEADER of {path} declares no codecs; found {declared!r:.100}"

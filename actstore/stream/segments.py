@@ -88,16 +88,18 @@ def complete_of(bucket: Bucket) -> Mapping[str, Any] | None:
     """
     try:
         said = json.loads(bucket.get(COMPLETE, limit=_JSON_LIMIT))
-        wanted = [(int(one["start"]), int(one["bytes"])) for one in said["segments"]]
-        if sum(size for _, size in wanted) != said["bytes"]:
-            msg = "its segments don't add up"
-            raise ValueError(msg)
+        sizes = [int(one["bytes"]) for one in said["segments"] if int(one["start"]) >= 0]
+        found = dict(said)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         msg = f"{bucket.url}/{COMPLETE} doesn't say what a log's should: {error!r}"
         raise FormatError(msg) from error
-    return dict(said)
+    if sum(sizes) != found["bytes"]:
+        said_ = f"its segments have {sum(sizes)} bytes, the log {found['bytes']}"
+        msg = f"{bucket.url}/{COMPLETE} is damaged: {said_}"
+        raise FormatError(msg)
+    return found
 
 
 def remove(bucket: Bucket) -> None:
@@ -154,7 +156,7 @@ class SegmentedLog(LogFile):
         """Take in what was uploaded since; tell whether anything was."""
         again = type(self)(self.path)  # type: ignore[arg-type]
         grown = again.size > self.size
-        self._segments, self._starts, self.size = again._segments, again._starts, again.size  # noqa: SLF001
+        self._segments, self._starts, self.size = again._segments, again._starts, again.size
         self.whole = again.whole
         return grown
 

@@ -18,7 +18,13 @@ from typing import Any, Final
 
 from actstore import files
 from actstore.buckets import Bucket, RemotePath, remote
-from actstore.errors import ActstoreError, BucketError, ConfigError, FormatError, StreamCorruptError
+from actstore.errors import (
+    ActstoreError,
+    BucketError,
+    ConfigError,
+    FormatError,
+    StreamCorruptError,
+)
 from actstore.stream import records
 from actstore.stream.records import MAGIC, Frame, Opcode, Record
 from actstore.stream.resume import is_log
@@ -31,7 +37,9 @@ __all__ = ["SEGMENT_BYTES", "UploadReport", "UploadedWriter", "spooled", "upload
 SEGMENT_BYTES: Final = 64 << 20
 SEGMENT_SECONDS: Final = 30.0  # after which a smaller one is sealed
 SPOOL_BYTES: Final = 1 << 30
-_KEPT: Final = 64 << 10  # bytes at a log's beginning that are never given back: they say what it is
+_KEPT: Final = (
+    64 << 10
+)  # bytes at a log's beginning that are never given back: they say what it is
 _PAGE: Final = 4096
 _PUNCH_HOLE: Final = 3  # and keep the size
 _POLL_SECONDS: Final = 0.1
@@ -365,6 +373,9 @@ def upload(
     if not place.is_file() or not is_log(place):
         msg = f"{place} is no .stream log of actstore; only such are uploaded"
         raise FormatError(msg)
+    if remove and not follow and files.is_locked(place):
+        msg = f"{place} is being written: upload it with follow=True, or without remove=True"
+        raise ConfigError(msg)
     with closing(LogFile(place)) as file:
         work = _Upload(file, _Sender(place, where.bucket), segment_bytes)
         closed = work.run(complete_of(where.bucket), follow=follow)

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = ("503", "500", "reset", "short body", "lost answer", "stalled", "slow")
-_SLOWDOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_SLOWDOWN = (
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Way:
     seen: list[Request] = field(default_factory=list)
     met: Counter[str] = field(default_factory=Counter)
     rule: Callable[[Request], str | None] = lambda _request: None
+    busy: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def endpoint(self) -> str:
@@ -73,6 +77,17 @@ class Way:
 
         self.rule = rule
 
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Count a request that is being answered."""
+        with self._lock:
+            self.busy += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.busy -= 1
+
     def clean(self) -> None:
         """Let all requests pass."""
         self.rule = lambda _request: None
@@ -86,6 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def _pass(self) -> None:
+        with self.way.working():
+            self._do()
+
+    def _do(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         request = Request(self.command, self.path, self.headers.get("Range", ""))
         self.way.seen.append(request)
@@ -98,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         if fault == "stalled":
-            time.sleep(3)  # longer than the client waits
+            time.sleep(1.5)  # longer than the client waits
             self._reset()
             return
         if fault == "slow":
@@ -147,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
             self.connection.close()
 
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass  # noqa: N815 - the base class's
 
 
 class _Server(ThreadingHTTPServer):
@@ -213,7 +232,7 @@ def options(endpoint: str) -> dict[str, Any]:
         "secret_access_key": "test",
         "region": "us-east-1",
         "virtual_hosted_style_request": False,
-        "client_options": {"allow_http": True, "timeout": "2s"},
+        "client_options": {"allow_http": True, "timeout": "1s"},
         "retry_config": {
             "max_retries": 5,
             "retry_timeout": timedelta(seconds=30),
