@@ -13,7 +13,7 @@ Grouped by what the caller does next::
     │   └── UnsupportedVersionError      read it with the version of actstore that the text names
     ├── ArchiveError (RuntimeError)      the archive can't be written there, or fails verification:
     │                                    compact again from the log
-    └── BucketError (RuntimeError)       the store doesn't answer as it should: do the same again
+    └── BucketError                      the store doesn't answer as it should: do the same again
                                          when it does, which goes on with what it has
 
     ActstoreWarning (UserWarning)        something was done that the caller may not expect
@@ -82,7 +82,7 @@ class ArchiveError(ActstoreError, RuntimeError):
     """An archive can't be written, or doesn't verify."""
 
 
-class BucketError(ActstoreError, RuntimeError):
+class BucketError(ActstoreError):
     """A bucket doesn't give or take an object, however often it is asked."""
 
 

@@ -149,9 +149,12 @@ class Journal:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir()
+        self._begin_journal()
+        files.fsync_folder(self.path.parent)
+
+    def _begin_journal(self) -> None:
         os.ftruncate(self._descriptor, 0)
         self._write(self._head())
-        files.fsync_folder(self.path.parent)
 
     def _head(self) -> dict[str, Any]:
         return {"making": self._making, "created": self.created}

@@ -21,7 +21,7 @@ from actstore import files
 from actstore.archive.jobs import Written
 from actstore.archive.journal import Journal
 from actstore.buckets import RemotePath
-from actstore.errors import ArchiveError, ConfigError
+from actstore.errors import ArchiveError, BucketError, ConfigError
 
 __all__ = ["CLAIM", "Uploads", "check_new", "discard", "spool_of"]
 
@@ -171,11 +171,17 @@ class Uploads(Journal):
         return str(said.get("owner")) if isinstance(said, dict) else None
 
     def _discard(self) -> None:
-        super()._discard()
-        if (self.target / _ROOT).exists():
-            self.target.bucket.delete(self._name(CLAIM))
+        """Remove all that was made; what can't be is the next one's to remove."""
+        try:
+            if (self.target / _ROOT).exists():
+                self.target.bucket.delete(self._name(CLAIM))
+            else:
+                _remove(self.target)
+        except BucketError as error:
+            self._making = f"nothing, for {error}"
+            self._begin_journal()
         else:
-            _remove(self.target)
+            super()._discard()
 
 
 def check_new(target: RemotePath) -> None:
