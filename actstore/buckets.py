@@ -227,6 +227,8 @@ class Bucket:
                 return
             # MD5s are what S3 calls an object; elsewhere, or encrypted, it is read back
             if not _is_tag(tag, data) and not self._has(name, data):
+                if new:  # this very call made it
+                    self.driver.delete(name)
                 msg = "what is read back are other bytes"
                 raise OSError(msg)
 
@@ -336,7 +338,7 @@ class _Obstore:
 
             given = {
                 **options,
-                "client_options": _CLIENT | dict(options.get("client_options") or {}),
+                "client_options": _client() | dict(options.get("client_options") or {}),
                 "retry_config": _retry(options.get("retry_config")),
             }
             if url.startswith("file:"):
@@ -407,6 +409,12 @@ class _Obstore:
             self._obstore.delete(self._store, name)
         except FileNotFoundError:
             return
+
+
+def _client() -> dict[str, Any]:
+    """Give how long is waited; and what obstore asks the environment for only without that."""
+    allowed = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
+    return {**_CLIENT, **({"allow_http": True} if allowed else {})}
 
 
 def _retry(given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A real S3 server on loopback (moto's, in a process of its own), and a way to it that has faults.
 
 The way counts the requests, and does to them what a rule says: answers 503 or 500 itself, resets
-the connection, cuts the body short, lets the answer be lost, waits, or is slow.
+the connection, cuts the body short, lets the answer be lost, waits, is slow, or flips a bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-FAULTS = ("503", "500", "reset", "short body", "lost answer", "stalled", "slow")
+FAULTS = ("503", "500", "reset", "short body", "lost answer", "stalled", "slow", "flipped")
 _SLOWDOWN = (
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
@@ -122,6 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(0.05)
+        if fault == "flipped" and body and "?" not in self.path:
+            body = bytes([body[0] ^ 1]) + body[1:]
         there = http.client.HTTPConnection("127.0.0.1", self.way.behind, timeout=60)
         try:
             kept = {

@@ -21,22 +21,23 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "archive"), str(ROOT / "tests" / "buckets")]
-
-import actstore
-from actstore.archive import grid
-from actstore.buckets import remote
-from actstore.compaction import content
-from actstore.errors import BucketError
-from actstore.stream import uploading
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import logs
 from logs import LogBuilder, axis, decoder_log, random_values
 from loopback import Request, Way, options, s3_server, way_to
 
+import actstore
+from actstore.archive import grid
+from actstore.buckets import remote
+from actstore.errors import BucketError
+from actstore.stream import uploading
+
 __all__ = ["count_requests", "fault_runs"]
 
+ROOT = Path(__file__).parents[2]
 PASSES = 60
 SHARE = 0.2
 
@@ -121,7 +122,7 @@ def _sampled_log(path: Path, rows: int) -> Path:
 
 
 def fault_runs(runs: int, seed: int = 1, told: Callable[[str], None] | None = None) -> str:
-    """Compact, read, upload and kill over a faulty way; every row must be there, and be there once.
+    """Compact, read, upload and kill over a faulty way; every row is there, and once.
 
     Parameters
     ----------
