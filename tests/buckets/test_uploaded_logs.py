@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import crc32c
+import jsonschema
 import numpy as np
 import pytest
 import s3_faults
@@ -166,6 +167,8 @@ def test_segments_are_the_log_and_complete_json_says_so(
     for one in told["segments"]:
         data = objects[f"{one['start']:020d}.segment"]
         assert (one["bytes"], one["crc32c"]) == (len(data), f"{crc32c.crc32c(data):08x}")
+    schema = Path(__file__).parents[2] / "schemas" / "segments.schema.json"
+    jsonschema.validate(told, json.loads(schema.read_text()))
     assert told["bytes"] == report.bytes == path.stat().st_size
     assert told["format"] == "actstore.segments"
     assert report.segments == report.sent == len(objects) > 5
