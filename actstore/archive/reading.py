@@ -31,6 +31,7 @@ _INDICES: Final = 4096  # shards whose index is kept
 _ALONE: Final = 4  # chunks that are not worth threads
 _REQUESTS: Final = 8  # to a bucket, at a time
 _GAP: Final = 1 << 20  # bytes that are read with what is around them, rather than asked for twice
+_FRAME: Final = 1 << 16  # bytes that a chunk's encoded ones can't exceed it by
 _MOST: Final = 64 << 20  # bytes that are asked for at once
 
 
@@ -242,7 +243,7 @@ class ShardedRows:
         data = None
         if not known and 2 * len(chunks) >= min(there, self._per_shard):
             try:
-                data = path.read_bytes()
+                data = self._whole(path)
             except FileNotFoundError:
                 data = b""
             tail = data[-index_bytes(self._per_shard) :] if data else None
@@ -264,6 +265,18 @@ class ShardedRows:
                     layer, chunk, view[offset - start : offset - start + length], length
                 )
         return found
+
+    def _whole(self, path: Place) -> bytes:
+        """Read a shard, unless it has more bytes than its chunks can have."""
+        count = self._per_shard
+        most = count * (self._storage.chunk_bytes + _FRAME) + index_bytes(count)
+        if not isinstance(path, RemotePath):
+            return path.read_bytes()
+        try:
+            return path.read_bytes(most)
+        except ValueError as error:
+            msg = f"{path} is damaged: {error}, which is the most that its chunks can have"
+            raise ArchiveError(msg) from error
 
     def _part(self, path: Place, offset: int, length: int) -> bytes:
         if isinstance(path, RemotePath):
@@ -370,7 +383,7 @@ class ShardedRows:
         offset, length = map(int, index[chunk % self._per_shard])
         if offset == length == EMPTY:
             return None
-        if length > self._storage.chunk_bytes + (1 << 16):
+        if length > self._storage.chunk_bytes + _FRAME:
             raise self._damaged(layer, chunk, f"the index says that it has {length} bytes")
         return offset, length
 

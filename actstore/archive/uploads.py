@@ -184,8 +184,8 @@ class Uploads(Journal):
             super()._discard()
 
 
-def check_new(target: RemotePath) -> None:
-    """Refuse a URL that has an archive.
+def check_new(target: RemotePath, spool: Path | None = None) -> None:
+    """Refuse a URL that has an archive; tidy what a compaction left that was killed at its end.
 
     Raises
     ------
@@ -193,6 +193,10 @@ def check_new(target: RemotePath) -> None:
         It has.
     """
     if (target / _ROOT).exists():
+        left = None if spool is None else Uploads(target, "", "", spool)
+        if left is not None and left.path.exists():
+            with left:  # which finds the archive, and says so
+                pass
         msg = f"{target} is an archive, and is not overwritten; give another URL, or remove it"
         raise ArchiveError(msg)
 

@@ -182,8 +182,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     paths, target = paths_of(streams, storage_options), path_of(out, storage_options)
     shards.check_profile(profile)
     check_workers(workers)
+    waiting = uploads.spool_of(spool, paths[0])
     if isinstance(target, RemotePath):
-        uploads.check_new(target)
+        uploads.check_new(target, waiting)
     else:
         files.check_new(target)
     with opened(paths, shapes, dtypes) as reader:
@@ -191,7 +192,6 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         mine = content.jobs(reader)
         sent = SENT_GB if isinstance(target, RemotePath) else 0.0
         threads = Threads(fitting(mine, workers, max_memory_gb - sent))
-        waiting = uploads.spool_of(spool, paths[0])
         made = write_archive(content, mine, target, profile, threads, progress, waiting)
     if remove_logs:
         for path in paths:

@@ -401,6 +401,8 @@ class _Upload:
     def run(self, said: Mapping[str, Any] | None, *, follow: bool) -> bool:
         """Upload; give whether the log is whole, and all there."""
         self._check_same()
+        if said is None:
+            self._check_last()
         if said is not None:
             if said["bytes"] != self._file.size:
                 raise self._other()
@@ -460,6 +462,20 @@ class _Upload:
         first = self.sender.bucket.part(sender.segments[0].name, 0, size)
         if first != self._file.read(0, size) or sender.end > self._file.size:
             raise self._other()
+
+    def _check_last(self) -> None:
+        """Remove the last segment if it isn't what was sent: who sent it died before it was sure.
+
+        Only where its bytes are here: they are given back when it is.
+        """
+        if not self.sender.segments:
+            return
+        last, file = self.sender.segments[-1], self._file
+        if os.lseek(file.descriptor, last.start, os.SEEK_HOLE) < last.end:
+            return
+        if self.sender.bucket.get(last.name) != file.read(last.start, last.size):
+            self.sender.bucket.delete(last.name)
+            self.sender.segments.pop()
 
     def _other(self) -> ActstoreError:
         msg = (

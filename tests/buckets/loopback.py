@@ -7,6 +7,7 @@ the connection, cuts the body short, lets the answer be lost, waits, is slow, or
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import random
 import re
@@ -124,6 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(0.05)
         if fault == "flipped" and body and "?" not in self.path:
             body = bytes([body[0] ^ 1]) + body[1:]
+        if not self._is_signed(body):  # as S3 does, and moto doesn't
+            self._answer(400, [], b"<Error><Code>XAmzContentSHA256Mismatch</Code></Error>")
+            return
         there = http.client.HTTPConnection("127.0.0.1", self.way.behind, timeout=60)
         try:
             kept = {
@@ -141,6 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         self._answer(found.status, headers, data, cut=fault == "short body")
+
+    def _is_signed(self, body: bytes) -> bool:
+        said = self.headers.get("x-amz-content-sha256", "")
+        return len(said) != 64 or hashlib.sha256(body).hexdigest() == said
 
     def _answer(
         self, status: int, headers: list[tuple[str, str]], data: bytes, *, cut: bool = False

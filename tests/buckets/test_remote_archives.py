@@ -152,6 +152,12 @@ def test_damage_is_found_and_is_no_value(log: Path, url: str, said: Options) -> 
         pytest.raises(ArchiveError, match="chunk 0 of layer 1 is damaged"),
     ):
         far.resid[1].load()
+    bucket.put("resid/c/2/0/0", bytes(9 << 20))
+    with (
+        actstore.open_dataset(url, storage_options=said) as far,
+        pytest.raises(ArchiveError, match="is the most that its chunks can have"),
+    ):
+        far.resid[2].load()
 
 
 def test_what_is_not_there_or_not_answered_is_said(url: str, said: Options, way: Way) -> None:
@@ -231,6 +237,21 @@ def test_an_archive_that_appears_meanwhile_is_not_overwritten(
         actstore.compact(log, url, storage_options=said, progress=appear)
     assert bucket.get("zarr.json") == b"{}"
     assert not (remote(url, said) / ".making.json").exists()  # type: ignore[operator]
+
+
+def test_what_was_killed_at_its_very_end_is_tidied_by_the_next_call(
+    log: Path, tmp_path: Path, url: str, said: Options, way: Way
+) -> None:
+    way.rule = lambda request: "503" if request.method in ("DELETE", "POST") else None
+    with pytest.raises(BucketError, match="could not remove"):
+        actstore.compact(log, url, storage_options=said)
+    way.clean()
+    assert actstore.verify(url, storage_options=said).ok
+    with pytest.raises(ArchiveError, match="is not overwritten"):
+        actstore.compact(log, url, storage_options=said)
+    assert ".making.json" not in objects_of(url, said)
+    assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
+    assert actstore.verify(url, storage_options=said).ok
 
 
 def test_two_machines_do_not_make_one_archive(

@@ -242,6 +242,22 @@ def test_an_upload_goes_on_where_one_ended(
     check_log(url, said, None, complete=True)
 
 
+def test_a_last_segment_that_is_not_what_was_sent_is_sent_again(
+    tmp_path: Path, url: str, said: Options
+) -> None:
+    path = local_log(tmp_path / "run.stream")
+    actstore.upload(path, url, segment_bytes=4096, storage_options=said)
+    bucket = remote(url, said).bucket  # type: ignore[union-attr]
+    last = names_of(url, said)[-2]
+    data = bytearray(bucket.get(last))
+    data[100] ^= 1
+    bucket.put(last, bytes(data))
+    bucket.delete("complete.json")
+    report = actstore.upload(path, url, segment_bytes=4096, storage_options=said)
+    assert report.sent == 1
+    check_log(url, said, None, complete=True)
+
+
 def test_a_torn_tail_stays_here_and_damage_is_refused(
     tmp_path: Path, url: str, said: Options
 ) -> None:
