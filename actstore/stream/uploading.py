@@ -464,16 +464,20 @@ class _Upload:
             raise self._other()
 
     def _check_last(self) -> None:
-        """Remove the last segment if it isn't what was sent: who sent it died before it was sure.
+        """Remove the last segment if it is broken: who sent it died before it was sure of it.
 
-        Only where its bytes are here: they are given back when it is.
+        Only where its bytes are here: they are given back when it is sure. One that is intact, and
+        other than they are, is of what a resume cut away, or the disk lost: that is refused.
         """
         if not self.sender.segments:
             return
         last, file = self.sender.segments[-1], self._file
         if os.lseek(file.descriptor, last.start, os.SEEK_HOLE) < last.end:
             return
-        if self.sender.bucket.get(last.name) != file.read(last.start, last.size):
+        there = self.sender.bucket.get(last.name)
+        if there != file.read(last.start, last.size):
+            if _Held(there).is_intact(self._sync, last.start):
+                raise self._other()
             self.sender.bucket.delete(last.name)
             self.sender.segments.pop()
 
@@ -483,3 +487,30 @@ class _Upload:
             "of it: give another URL"
         )
         return ConfigError(msg)
+
+
+class _Held(LogFile):
+    """Bytes of a log that are in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self._descriptor, self._vain = -1, 0
+        self._data, self.size = data, len(data)
+
+    def is_intact(self, sync: bytes, start: int) -> bool:
+        """Whether they are whole records, as a segment is that begins at an offset."""
+        found, end = Scan({}, sync), 0 if start else len(MAGIC)
+        try:
+            for entry in walk(self, found, end):
+                self.check(entry)
+                end = entry.end
+        except FormatError:
+            return False
+        return not found.damage and self._data[end:] in (b"", MAGIC)
+
+    def _some(self, length: int, offset: int) -> bytes:
+        return self._data[offset : offset + length]
+
+    def _into(self, buffer: memoryview, offset: int) -> int:
+        data = self._some(len(buffer), offset)
+        buffer[: len(data)] = data
+        return len(data)

@@ -258,6 +258,24 @@ def test_a_last_segment_that_is_not_what_was_sent_is_sent_again(
     check_log(url, said, None, complete=True)
 
 
+def test_what_the_bucket_has_intact_is_not_removed_for_what_is_here(
+    tmp_path: Path, url: str, said: Options
+) -> None:
+    path = local_log(tmp_path / "run.stream", finish=False)
+    actstore.upload(path, url, segment_bytes=4096, storage_options=said)
+    before = names_of(url, said)
+    data = bytearray(path.read_bytes())
+    data[-1000:] = bytes(1000)  # as a power cut leaves it
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="another state"):
+        actstore.upload(path, url, storage_options=said)
+    path.write_bytes(data[:-3000])
+    with pytest.raises(ConfigError, match="another state"):
+        actstore.upload(path, url, storage_options=said)
+    assert names_of(url, said) == before
+    check_log(url, said, None, complete=False)
+
+
 def test_a_torn_tail_stays_here_and_damage_is_refused(
     tmp_path: Path, url: str, said: Options
 ) -> None:
