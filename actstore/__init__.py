@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from actstore.capture.preview import suggest_config as suggest_config
     from actstore.choosing import choose_precision as choose_precision
     from actstore.compaction import compact as compact
+    from actstore.compaction import discard as discard
     from actstore.config import HookConfig as HookConfig
     from actstore.config import HookGranularity as HookGranularity
     from actstore.config import InstrumentationConfig as InstrumentationConfig
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from actstore.sharing import what_leaves as what_leaves
     from actstore.stream.reader import open_stream as open_stream
     from actstore.stream.recover import recover as recover
+    from actstore.stream.uploading import upload as upload
     from actstore.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -65,6 +67,7 @@ _HOMES = {
     "choose_precision": "actstore.choosing",
     "compact": "actstore.compaction",
     "describe": "actstore.capture.preview",
+    "discard": "actstore.compaction",
     "estimate": "actstore.capture.preview",
     "explore": "actstore.reporting.page",
     "export": "actstore.exporting",
@@ -81,6 +84,7 @@ _HOMES = {
     "save_cache": "actstore.bridges.importing",
     "share": "actstore.sharing",
     "suggest_config": "actstore.capture.preview",
+    "upload": "actstore.stream.uploading",
     "verify": "actstore.verification",
     "what_leaves": "actstore.sharing",
 }
@@ -101,6 +105,7 @@ __all__ = [
     "choose_precision",
     "compact",
     "describe",
+    "discard",
     "estimate",
     "explore",
     "export",
@@ -117,6 +122,7 @@ __all__ = [
     "save_cache",
     "share",
     "suggest_config",
+    "upload",
     "verify",
     "what_leaves",
 ]

@@ -26,6 +26,7 @@ from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Read
 from actstore.archive.reading import ShardedRows
 from actstore.archive.shuffling import is_shuffled
+from actstore.buckets import RemotePath
 from actstore.clusters import check_client
 from actstore.compaction import CompactionReport, Pathlike, Progress
 from actstore.compaction.cluster import chosen
@@ -107,7 +108,7 @@ def append(
 class _Growth:
     """Makes the grown archive of logs and the archive as it was; a `Recipe`."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[Path | RemotePath, ...]
     archive: Path
 
     @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import xarray as xr
 from xarray.backends import BackendEntrypoint
 
+from actstore.buckets import is_remote
 from actstore.dataset import is_dataset, open_lazily
 
 __all__ = ["ActstoreBackendEntrypoint"]
@@ -36,6 +37,8 @@ class ActstoreBackendEntrypoint(BackendEntrypoint):
         """Whether this is a log or an archive: by its content first, its suffix second."""
         if not isinstance(filename_or_obj, str | os.PathLike):
             return False
+        if is_remote(filename_or_obj):  # nothing is asked for just to guess
+            return os.fspath(filename_or_obj).endswith(".stream")
         try:
             return is_dataset(filename_or_obj)
         except OSError:

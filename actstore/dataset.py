@@ -28,11 +28,13 @@ from actstore.archive import layout, store, zipped
 from actstore.archive.precision import CODING
 from actstore.archive.reading import Rows, ShardedRows, value_rows
 from actstore.archive.zipped import Place, ZipPath
+from actstore.buckets import RemotePath, remote
 from actstore.compaction.logs import element_reader, plan_log, row_reader
-from actstore.errors import FormatError, UnsupportedVersionError
+from actstore.errors import FormatError, MissingFileError, UnsupportedVersionError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.reader import StreamReader, open_stream
 from actstore.stream.resume import is_log
+from actstore.stream.segments import is_segmented
 
 if TYPE_CHECKING:
     from actstore.hdf5.reading import Hdf5Archive
@@ -57,18 +59,27 @@ Chunks = Literal["auto"] | Mapping[Any, Any] | int | None
 _CUT: Final = ("chunks", "shards", "preferred_chunks")
 
 
-def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Dataset:
+def open_dataset(
+    path: str | os.PathLike[str],
+    chunks: Chunks = "auto",
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> xr.Dataset:
     """Open a log or an archive as a lazy dataset, every row knowing its token.
 
     Parameters
     ----------
     path : path
         A ``.stream`` log, an archive's folder, or a ``.zarr.zip`` or ``.h5`` that `export` made
-        of one. The packets of a log of ``llm-instrumentation``,
+        of one; the URL of a log or an archive in a bucket (``s3://bucket/run.zarr``), or a store
+        of obstore whose root it is. The packets of a log of ``llm-instrumentation``,
         which holds no shapes, are flat; `compact` with ``shapes`` gives them rows.
     chunks : "auto", mapping, int or None
         ``"auto"``: dask arrays with a chunk for each shard where dask is installed, else
         xarray's own lazy arrays. None: those. Anything else as for `xarray.Dataset.chunk`.
+    storage_options : mapping, optional
+        Of a bucket: what obstore's ``from_url``, or the protocol's fsspec file system, takes
+        beside the URL; by default as the environment says.
 
     Returns
     -------
@@ -88,8 +99,10 @@ def open_dataset(path: str | os.PathLike[str], chunks: Chunks = "auto") -> xr.Da
         It is neither a log nor an archive.
     StreamCorruptError
         It is a damaged log.
+    BucketError
+        The bucket doesn't answer.
     """
-    dataset = open_lazily(path)
+    dataset = open_lazily(path, storage_options)
     if chunks is None or (chunks == "auto" and find_spec("dask") is None):
         return dataset
     try:
@@ -140,6 +153,9 @@ def chunk_reader(variable: xr.Variable) -> ChunkReader | None:
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a log or an archive, by its content."""
+    far = remote(path)
+    if far is not None:
+        return store.is_archive(far) or is_segmented(far)
     place = Path(path)
     if place.is_dir():
         return store.is_archive(place)
@@ -158,8 +174,13 @@ def _is_mirror(place: Path) -> bool:
     return is_ours(place)
 
 
-def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
+def open_lazily(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> xr.Dataset:
     """Open a log or an archive without dask; raises as `open_dataset` does."""
+    far = remote(path, storage_options)
+    if far is not None:
+        return _over_bucket(far)
     place = files.existing(path, "open_dataset")
     if place.is_dir():
         return _over_archive(place)
@@ -170,6 +191,26 @@ def open_lazily(path: str | os.PathLike[str]) -> xr.Dataset:
     if not (is_log(place) or is_legacy(place)):
         msg = f"{place} is neither a .stream log nor an archive: a Zarr folder, .zarr.zip or .h5"
         raise FormatError(msg)
+    return _opened_log(place)
+
+
+def _over_bucket(far: RemotePath) -> xr.Dataset:
+    """Open what a URL has: an archive, which is asked for first, or a log."""
+    try:
+        return _over_archive(far)
+    except FormatError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+    if is_segmented(far):
+        return _opened_log(far)
+    msg = (
+        f"nothing at {far}: give the URL of an archive or of an uploaded log; files of one, as "
+        ".zarr.zip and .h5, are to be fetched first"
+    )
+    raise MissingFileError(msg)
+
+
+def _opened_log(place: Path | RemotePath) -> xr.Dataset:
     reader = open_stream(place)
     try:
         reader.check()
@@ -185,7 +226,7 @@ def _read_root(folder: Place) -> dict[str, Any]:
     except UnsupportedVersionError:
         raise
     except FormatError as error:
-        if isinstance(folder, ZipPath):
+        if isinstance(folder, ZipPath | RemotePath):
             raise
         msg = f"{folder} is a folder, so no .stream log; {error}"
         raise FormatError(msg) from error
@@ -429,7 +470,7 @@ class _Elements(BackendArray):
         return found[0] if isinstance(key[0], int | np.integer) else found
 
 
-def _reopened(path: Path) -> tuple[StreamReader, layout.Plan]:
+def _reopened(path: Path | RemotePath) -> tuple[StreamReader, layout.Plan]:
     """Open a log in another process; its arrays share the reader."""
     said = path.stat()
     return _planned(path, said.st_size, said.st_mtime_ns)
@@ -441,12 +482,12 @@ def _planned(path: Path, _size: int, _mtime: int) -> tuple[StreamReader, layout.
     return reader, plan_log(reader)
 
 
-def _rows_again(path: Path, name: str) -> _Rows:
+def _rows_again(path: Path | RemotePath, name: str) -> _Rows:
     reader, plan = _reopened(path)
     return _Rows(reader, next(one for one in plan.variables if one.name == name))
 
 
-def _elements_again(path: Path, name: str) -> _Elements:
+def _elements_again(path: Path | RemotePath, name: str) -> _Elements:
     reader, plan = _reopened(path)
     return _Elements(reader, next(one for one in plan.ragged if one.values_name == name))
 

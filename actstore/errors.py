@@ -11,8 +11,10 @@ Grouped by what the caller does next::
     ├── FormatError (ValueError)         the file is not what it was opened as
     │   ├── StreamCorruptError           read on with ``open_stream(path, errors="skip")``
     │   └── UnsupportedVersionError      read it with the version of actstore that the text names
-    └── ArchiveError (RuntimeError)      the archive can't be written there, or fails verification:
-                                         compact again from the log
+    ├── ArchiveError (RuntimeError)      the archive can't be written there, or fails verification:
+    │                                    compact again from the log
+    └── BucketError                      the store doesn't answer as it should: do the same again
+                                         when it does, which goes on with what it has
 
     ActstoreWarning (UserWarning)        something was done that the caller may not expect
 """
@@ -23,6 +25,7 @@ __all__ = [
     "ActstoreError",
     "ActstoreWarning",
     "ArchiveError",
+    "BucketError",
     "CaptureError",
     "ConfigError",
     "FormatError",
@@ -77,6 +80,10 @@ class UnsupportedVersionError(FormatError):
 
 class ArchiveError(ActstoreError, RuntimeError):
     """An archive can't be written, or doesn't verify."""
+
+
+class BucketError(ActstoreError):
+    """A bucket doesn't give or take an object, however often it is asked."""
 
 
 class ActstoreWarning(UserWarning):

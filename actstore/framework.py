@@ -12,6 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from actstore import files
+from actstore.buckets import RemotePath, is_remote, remote
 from actstore.capture.memory import Memory
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import CaptureError, ConfigError
@@ -19,11 +20,12 @@ from actstore.parallel import Parallel
 from actstore.stream import summary
 from actstore.stream.legacy import LegacyReader
 from actstore.stream.reader import open_stream
+from actstore.stream.uploading import spooled
 
 if TYPE_CHECKING:
     import torch
 
-    from actstore.capture.session import Capture, Instrumented
+    from actstore.capture.session import Capture, Instrumented, Upload
     from actstore.capture.tokens import _TokenBoundaryTracker
 
 __all__ = ["InstrumentationFramework", "analyze_activations_with_tokens"]
@@ -45,6 +47,13 @@ class InstrumentationFramework:
         What the last capture did: packets, bytes, rates, waits, layers that never fired.
     progress : callable, optional
         Is given a line every five seconds of a capture, by a thread of it; such as `print`.
+    spool : path, optional
+        Of captures into a bucket the folder for what waits for its upload; by default the working
+        directory.
+    spool_gb : float
+        GB that may wait there before the capture does.
+    storage_options : mapping, optional
+        Of the bucket, as for `actstore.open_dataset`.
 
     Raises
     ------
@@ -64,6 +73,9 @@ class InstrumentationFramework:
         self._models: dict[int, Instrumented] = {}
         self._running: Capture | None = None
         self.progress: Callable[[str], None] | None = None
+        self.spool: str | os.PathLike[str] | None = None
+        self.spool_gb = 1.0
+        self.storage_options: Mapping[str, Any] | None = None
         self._memory = Memory()
 
     def instrument_model(
@@ -164,6 +176,8 @@ class InstrumentationFramework:
         ----------
         output_path : str or path
             The ``.stream`` log. A log that is there already is moved aside, never overwritten.
+            Or a URL, such as ``s3://bucket/run.stream``: it is uploaded in segments while it
+            grows, through ``spool``; one that is there already is refused.
         track_per_token : bool
             Yield a tracker, and write ``{output_path}_tokens.json`` at the end.
         checkpoint_interval_tokens : int, optional
@@ -193,7 +207,8 @@ class InstrumentationFramework:
             raise CaptureError(msg)
         from actstore.capture.session import Capture, Options
 
-        path = files.path_of(output_path)
+        far = self._upload(output_path, resume=resume_from_checkpoint)
+        path = files.path_of(output_path) if far is None else spooled(far.where, self.spool)
         options = Options(
             track_per_token,
             checkpoint_interval_tokens,
@@ -207,6 +222,7 @@ class InstrumentationFramework:
             options,
             memory=self._memory,
             progress=self.progress,
+            upload=far,
         )
         try:
             with capture as tracker:
@@ -215,6 +231,21 @@ class InstrumentationFramework:
         finally:
             self._running = None
             self.summary = capture.summary
+
+    def _upload(self, output_path: Any, *, resume: bool) -> Upload | None:
+        """Give where a capture is uploaded to, where that is a URL."""
+        from actstore.capture.session import Upload
+
+        if not is_remote(output_path):
+            return None
+        where = remote(output_path, self.storage_options)
+        if where is None or resume:
+            msg = (
+                f"a capture into {output_path} can't be resumed: give the path of a log here, and "
+                "actstore.upload(path, url, follow=True) beside it"
+            )
+            raise ConfigError(msg)
+        return Upload(where, int(self.spool_gb * 1e9))
 
     @property
     def captured_bytes(self) -> int:
@@ -269,8 +300,8 @@ class InstrumentationFramework:
         StreamCorruptError
             It is a damaged log.
         """
-        place = files.path_of(data_path)
-        if place.is_dir():
+        place = remote(data_path) or files.path_of(data_path)
+        if place.is_dir() or (isinstance(place, RemotePath) and (place / "zarr.json").exists()):
             from actstore.archive.store import read_attributes
 
             return {"stream_path": str(place), **read_attributes(place)["analysis"]}

@@ -16,7 +16,8 @@ from typing import Any, Final, TypeVar
 from actstore import files, hdf5
 from actstore.archive.root import read_attributes
 from actstore.archive.zipped import ZipPath, is_zip
-from actstore.errors import ConfigError
+from actstore.buckets import RemotePath, remote
+from actstore.errors import ConfigError, FormatError
 from actstore.stream import summary
 from actstore.stream.reader import StreamReader, open_stream
 
@@ -99,6 +100,9 @@ class Overview:
         FormatError
             It is neither a log nor an archive.
         """
+        far = remote(path)
+        if far is not None:
+            return cls._of_bucket(far)
         place = files.existing(path, "info")
         if place.is_dir():
             sizes = (one.stat().st_size for one in place.rglob("*") if one.is_file())
@@ -116,8 +120,20 @@ class Overview:
             return cls._of_log(place, reader)
 
     @classmethod
+    def _of_bucket(cls, far: RemotePath) -> Overview:
+        try:
+            said = read_attributes(far)
+        except FormatError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            with open_stream(far, errors="skip") as reader:
+                return cls._of_log(far, reader)
+        size = sum(one.size for one in far.bucket.list())
+        return cls._of_archive(far, "archive", said, size)
+
+    @classmethod
     def _of_archive(
-        cls, place: Path, kind: str, said: Mapping[str, Any], file_bytes: int
+        cls, place: Path | RemotePath, kind: str, said: Mapping[str, Any], file_bytes: int
     ) -> Overview:
         found = said["analysis"]
         return cls(
@@ -135,7 +151,7 @@ class Overview:
         )
 
     @classmethod
-    def _of_log(cls, place: Path, reader: StreamReader) -> Overview:
+    def _of_log(cls, place: Path | RemotePath, reader: StreamReader) -> Overview:
         found = summary.summarise(reader)
         rows = Counter[str]()
         for one in reader.passes:
@@ -149,7 +165,7 @@ class Overview:
             file_bytes=found["file_bytes"],
             compression=found["compression"] or "none",
             precision={},
-            writing=files.is_locked(place),
+            writing=isinstance(place, Path) and files.is_locked(place),
             damage=tuple(f"byte {one.offset}: {one.reason}" for one in reader.damage),
             provenance={},
             **_counts(found),

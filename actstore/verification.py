@@ -22,6 +22,7 @@ from actstore import codecs, dtypes, files, hdf5, markup
 from actstore.archive import store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.zipped import Place, ZipPath
+from actstore.buckets import RemotePath, remote
 from actstore.compaction import Pathlike, Progress
 from actstore.compaction.comparing import differences
 from actstore.errors import ActstoreWarning, ConfigError, FormatError, StreamCorruptError
@@ -31,6 +32,7 @@ from actstore.stream.reader import StreamReader
 from actstore.stream.records import MAGIC, Block, Commit, Entry, Opcode
 from actstore.stream.resume import is_log
 from actstore.stream.scan import LogFile, Scan, walk
+from actstore.stream.segments import is_segmented, log_file
 
 __all__ = ["Damaged", "Report", "verify"]
 
@@ -69,7 +71,7 @@ class Report:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
         What was verified.
     kind : {"log", "archive", "zip", "HDF5", "legacy log"}
         What it is; the last is a log of ``llm-instrumentation``.
@@ -85,7 +87,7 @@ class Report:
         it committed is intact.
     """
 
-    path: Path
+    path: Path | RemotePath
     kind: str
     damage: tuple[Damaged, ...]
     checked: Mapping[str, int]
@@ -117,12 +119,13 @@ class Report:
         return told + (damage if rows else "")
 
 
-def verify(
+def verify(  # noqa: PLR0911 - one for each container
     path: str | os.PathLike[str],
     *,
     decode: bool = False,
     against: Pathlike | Sequence[Pathlike] | None = None,
     progress: Progress | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Report:
     """Check every checksum of a log or an archive.
 
@@ -134,7 +137,8 @@ def verify(
     Parameters
     ----------
     path : path
-        A ``.stream`` log, an archive's folder, or a ``.zarr.zip`` or ``.h5`` of one.
+        A ``.stream`` log, an archive's folder, or a ``.zarr.zip`` or ``.h5`` of one; or the URL
+        of a log or an archive in a bucket, all of which is read.
     decode : bool
         Also decode each block of a log: what a checksum can't tell is a writer that encoded wrong
         bytes. Several times slower.
@@ -145,6 +149,8 @@ def verify(
     progress : callable, optional
         Called with the bytes that are done and those that there are; where an archive is compared
         with logs, again from 0 with those of the values.
+    storage_options : mapping, optional
+        Of a bucket, as for `open_dataset`.
 
     Returns
     -------
@@ -163,6 +169,11 @@ def verify(
         ``against`` is given for a log; or it is a log of ``llm-instrumentation`` of LZ4 frames,
         and what decodes them is missing.
     """
+    far = remote(path, storage_options)
+    if far is not None and against is None and _is_log(far):
+        return _verify_log(far, progress, decode=decode)
+    if far is not None:
+        return _verify_archive(far, against, progress)
     place = files.existing(path, "verify")
     if place.is_dir():
         return _verify_archive(place, against, progress)
@@ -179,6 +190,10 @@ def verify(
         return _verify_hdf5(place, progress)
     msg = f"{place} is neither a .stream log nor an archive: a Zarr folder, .zarr.zip or .h5"
     raise FormatError(msg)
+
+
+def _is_log(far: RemotePath) -> bool:
+    return not (far / "zarr.json").exists() and is_segmented(far)
 
 
 def _verify_archive(
@@ -200,6 +215,8 @@ def _verify_archive(
 def _size(folder: Place) -> int:
     if isinstance(folder, ZipPath):
         return sum(one.size for one in folder.members.values())
+    if isinstance(folder, RemotePath):
+        return sum(one.size for one in folder.bucket.list(folder.inside))
     return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
 
 
@@ -252,19 +269,20 @@ def _verify_legacy(path: Path) -> Report:
         return Report(path, "legacy log", damage, checked, reader.file_bytes, complete)
 
 
-def _verify_log(path: Path, progress: Progress | None, *, decode: bool) -> Report:
+def _verify_log(path: Path | RemotePath, progress: Progress | None, *, decode: bool) -> Report:
     try:
         reader = StreamReader(path, errors="skip")
     except StreamCorruptError as error:
         lost = (Damaged("HEADER", error.offset, str(error)),)
-        return Report(path, "log", lost, {}, path.stat().st_size, complete=False)
-    with reader, closing(LogFile(path)) as file:
+        with closing(log_file(path)) as file:
+            return Report(path, "log", lost, {}, file.size, complete=False)
+    with reader, closing(log_file(path)) as file:
         check = _LogCheck(reader, file, decode, progress)
         found: dict[int, Damaged] = {}
         for one in check.findings():
             found.setdefault(one.offset, one)
         damage = tuple(found[offset] for offset in sorted(found))
-        complete = reader.scan.complete
+        complete = reader.scan.complete and file.whole
         return Report(path, "log", damage, dict(check.checked), file.size, complete)
 
 

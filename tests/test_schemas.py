@@ -99,7 +99,7 @@ def test_a_schema_is_a_schema_that_requires_only_what_it_describes(name: str) ->
 
 
 def test_each_schema_has_an_id_of_its_own() -> None:
-    assert SCHEMAS.keys() == {"archive", "checkpoint", "header", "tokens"}
+    assert SCHEMAS.keys() == {"archive", "checkpoint", "header", "segments", "tokens"}
     assert len({one["$id"] for one in SCHEMAS.values()}) == len(SCHEMAS)
 
 

@@ -18,6 +18,7 @@ from actstore.archive.names import leads_out
 from actstore.archive.precision import SCALE
 from actstore.archive.shards import check_shard, is_sealed, shard_path
 from actstore.archive.zipped import Place
+from actstore.buckets import RemotePath
 from actstore.errors import FormatError
 
 __all__ = ["ArchiveCheck", "Finding"]
@@ -121,8 +122,10 @@ class ArchiveCheck:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what is damaged."""
-        data = (self.folder / "zarr.json").read_bytes()
-        self._looked_at(self.folder / "zarr.json")
+        place = self.folder / "zarr.json"
+        place = place.fetched() if isinstance(place, RemotePath) else place
+        data = place.read_bytes()
+        self._looked_at(place)
         wanted, found = store.metadata_crc(data)
         if wanted != found or not wanted:
             yield Finding("zarr.json", f"its CRC-32C is {found or 'missing'}, not {wanted!r}")
@@ -157,6 +160,7 @@ class ArchiveCheck:
                 continue
             place = self.folder / name / "zarr.json"
             try:
+                place = place.fetched() if isinstance(place, RemotePath) else place
                 found = json.loads(place.read_bytes())
             except (OSError, ValueError, RecursionError) as error:
                 yield Finding(f"{name}/zarr.json", f"it can't be read: {error}")
@@ -180,9 +184,20 @@ class ArchiveCheck:
         for name in said["coordinates"].split():
             if name not in arrays:
                 yield Finding("zarr.json", f"it names a coordinate {name!r} that is not there")
+        for name, values in said.get("index", {}).items():
+            if name in arrays and not self._same(name, values):
+                yield Finding("zarr.json", f"it says other values of the index {name!r}")
         for name in said.get(ADDED, {}):
             if name not in below:
                 yield Finding("zarr.json", f"it says that {name!r} was added, which is not there")
+
+    def _same(self, name: str, values: Any) -> bool:
+        """Whether an index has these values; one that can't be read is its own check's."""
+        try:
+            found = store.read_part(self.folder, name, (slice(None),))
+        except (*_MALFORMED, OSError, RuntimeError):
+            return True
+        return bool(found.tolist() == values)
 
     def _array(self, array: _Array, arrays: Mapping[str, _Array]) -> Iterator[Finding]:
         """Check an array's files; what is wrong in very many places is told of some."""
@@ -205,7 +220,12 @@ class ArchiveCheck:
         path = shard_path(self.folder, array.name, place)
         name = "/".join([array.name, "c", *map(str, place)])
         wanted = self._wanted(array, place, companion)
-        if not path.exists():
+        try:
+            path = path.fetched() if isinstance(path, RemotePath) else path
+            there = path.exists()
+        except FileNotFoundError:
+            there = False
+        if not there:
             if wanted.any():
                 yield Finding(name, "the file is gone")
             return
@@ -243,6 +263,7 @@ class ArchiveCheck:
         path = shard_path(self.folder, array.name, place)
         name = "/".join([array.name, "c", *map(str, place)])
         try:
+            path = path.fetched() if isinstance(path, RemotePath) else path
             data = path.read_bytes()
         except OSError as error:
             yield Finding(name, f"the file can't be read: {error}")

@@ -18,7 +18,8 @@ from typing import Any, Self
 
 from actstore import files
 from actstore.archive.jobs import Written
-from actstore.errors import ActstoreError, ArchiveError
+from actstore.archive.zipped import Place
+from actstore.errors import ActstoreError, ArchiveError, BucketError
 
 __all__ = ["Journal", "attempts_of", "beside"]
 
@@ -37,7 +38,8 @@ class Journal:
     """The folder of an archive that is being made, and what is finished in it.
 
     A context manager that holds the lock. Where it is left by an error of ours, for what is wrong
-    with the log or was written wrong, both are removed. Else both stay, for the next who comes
+    with the log or was written wrong, both are removed. Else, and where it is a bucket that has a
+    fault, both stay, for the next who comes
     with the same ``making``, until the archive is finished.
 
     Parameters
@@ -91,10 +93,16 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(error, ActstoreError):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.path.unlink()
-        self._close()
+        try:
+            if isinstance(error, ActstoreError) and not isinstance(error, BucketError):
+                self._discard()
+        finally:
+            self._close()
+
+    @property
+    def place(self) -> Place:
+        """Where what was made so far can be read."""
+        return self.folder
 
     def add(self, name: str, written: Written) -> None:
         """Note that a shard is finished: its files are on the disk, under their names."""
@@ -131,7 +139,7 @@ class Journal:
         except (ValueError, KeyError, TypeError):
             return False
         self.done = {name: one for name, one in done.items() if self._is_whole(one)}
-        kept = {file for one in self.done.values() for file in one.files}
+        kept = self._kept()
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if path.is_dir():
                 if not any(path.iterdir()):
@@ -142,6 +150,9 @@ class Journal:
         os.ftruncate(self._descriptor, sum(len(line) + 1 for line in lines))
         return True
 
+    def _kept(self) -> set[str]:
+        return {file for one in self.done.values() for file in one.files}
+
     def _is_whole(self, written: Written) -> bool:
         paths = [(self.folder / file, nbytes) for file, nbytes in written.files.items()]
         return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths)
@@ -150,9 +161,19 @@ class Journal:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir()
-        os.ftruncate(self._descriptor, 0)
-        self._write({"making": self._making, "created": self.created})
+        self._begin_journal()
         files.fsync_folder(self.path.parent)
+
+    def _begin_journal(self) -> None:
+        os.ftruncate(self._descriptor, 0)
+        self._write(self._head())
+
+    def _head(self) -> dict[str, Any]:
+        return {"making": self._making, "created": self.created}
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.path.unlink(missing_ok=True)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         data = json.dumps(line).encode() + b"\n"

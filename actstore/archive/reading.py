@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, Protocol, Self
@@ -21,6 +21,7 @@ from actstore import codecs
 from actstore.archive.precision import EXACT, SCALE, decoded
 from actstore.archive.shards import EMPTY, index_bytes, is_sealed, shard_path
 from actstore.archive.zipped import Place, read_at
+from actstore.buckets import RemotePath
 from actstore.errors import ArchiveError, FormatError
 
 __all__ = ["CodedRows", "Rows", "ShardedRows", "Storage", "fill_of", "value_rows"]
@@ -28,6 +29,10 @@ __all__ = ["CodedRows", "Rows", "ShardedRows", "Storage", "fill_of", "value_rows
 Integers = NDArray[np.int64]
 _INDICES: Final = 4096  # shards whose index is kept
 _ALONE: Final = 4  # chunks that are not worth threads
+_REQUESTS: Final = 8  # to a bucket, at a time
+_GAP: Final = 1 << 20  # bytes that are read with what is around them, rather than asked for twice
+_FRAME: Final = 1 << 16  # bytes that a chunk's encoded ones can't exceed it by
+_MOST: Final = 64 << 20  # bytes that are asked for at once
 
 
 _PIECE: Final = 1 << 20  # values that are decoded at a time
@@ -195,7 +200,9 @@ class ShardedRows:
         """
         out = np.empty((rows.size, *self._storage.row_shape), self.dtype)
         wanted = self._wanted(rows)
-        if len(wanted) < _ALONE:
+        if isinstance(self.folder, RemotePath):
+            self._read_objects(layer, wanted, out)
+        elif len(wanted) < _ALONE:
             for one in wanted:
                 self._read(layer, one, out)
         else:
@@ -203,6 +210,79 @@ class ShardedRows:
                 for _ in pool.map(lambda one: self._read(layer, one, out), wanted):
                     pass
         return out
+
+    def _read_objects(self, layer: int, wanted: list[_Wanted], out: NDArray[Any]) -> None:
+        """Read from a bucket: of each shard what is wanted, in as few requests as can be."""
+        shards: dict[int, list[_Wanted]] = {}
+        for one in wanted:
+            shards.setdefault(one.chunk // self._per_shard, []).append(one)
+
+        def read(shard: int) -> None:
+            found = self._fetched(layer, shard, [one.chunk for one in shards[shard]])
+            for one in shards[shard]:
+                self._place(layer, one, found[one.chunk], out)
+
+        if len(shards) == 1:
+            read(*shards)
+        elif shards:
+            with ThreadPoolExecutor(min(_REQUESTS, len(shards))) as pool:
+                for _ in pool.map(read, shards):
+                    pass
+
+    def _fetched(
+        self, layer: int, shard: int, chunks: Sequence[int]
+    ) -> dict[int, memoryview | None]:
+        """Give the bytes of ascending chunks of a shard in a bucket.
+
+        All of it where half of its chunks are wanted; else its index, and the ranges of bytes.
+        """
+        first, path = shard * self._per_shard, self._path(layer, shard)
+        there = -(-self.shape[self.axis] // self._storage.chunk[self.axis]) - first
+        with self._lock:
+            known = (layer, shard) in self._indices
+        data = None
+        if not known and 2 * len(chunks) >= min(there, self._per_shard):
+            try:
+                data = self._whole(path)
+            except FileNotFoundError:
+                data = b""
+            tail = data[-index_bytes(self._per_shard) :] if data else None
+            self._remember(layer, shard, tail)
+        index = self._index(layer, shard, self._per_shard)
+        found: dict[int, memoryview | None] = dict.fromkeys(chunks)
+        places = []
+        for chunk in chunks if index is not None else ():
+            place = self._chunk_place(layer, chunk, index)
+            if place is not None:
+                places.append((*place, chunk))
+        for run in [places] if data is not None else _near(sorted(places)):
+            start = 0 if data is not None else run[0][0]
+            end = max((offset + length for offset, length, _ in run), default=0)
+            bytes_ = data if data is not None else self._part(path, start, end - start)
+            view = memoryview(bytes_)
+            for offset, length, chunk in run:
+                found[chunk] = self._unsealed(
+                    layer, chunk, view[offset - start : offset - start + length], length
+                )
+        return found
+
+    def _whole(self, path: Place) -> bytes:
+        """Read a shard, unless it has more bytes than its chunks can have."""
+        count = self._per_shard
+        most = count * (self._storage.chunk_bytes + _FRAME) + index_bytes(count)
+        if not isinstance(path, RemotePath):
+            return path.read_bytes()
+        try:
+            return path.read_bytes(most)
+        except ValueError as error:
+            msg = f"{path} is damaged: {error}, which is the most that its chunks can have"
+            raise ArchiveError(msg) from error
+
+    def _part(self, path: Place, offset: int, length: int) -> bytes:
+        if isinstance(path, RemotePath):
+            return path.bucket.part(path.inside, offset, length)
+        with path.open("rb", buffering=0) as file:
+            return read_at(file, length, offset)
 
     def _wanted(self, rows: Integers) -> list[_Wanted]:
         if not rows.size:
@@ -218,8 +298,12 @@ class ShardedRows:
 
     def _read(self, layer: int, wanted: _Wanted, out: NDArray[Any]) -> None:
         """Decode a chunk to where its rows go: at once, where they are all of it, in order."""
+        self._place(layer, wanted, self._encoded(layer, wanted.chunk), out)
+
+    def _place(
+        self, layer: int, wanted: _Wanted, encoded: memoryview | None, out: NDArray[Any]
+    ) -> None:
         storage, target = self._storage, wanted.target
-        encoded = self._encoded(layer, wanted.chunk)
         if encoded is None:
             out[target] = storage.fill
             return
@@ -283,36 +367,53 @@ class ShardedRows:
 
     def _encoded(self, layer: int, chunk: int) -> memoryview | None:
         """Read a chunk's bytes, checked against their checksum; None where it was not written."""
-        shard, number = divmod(chunk, self._per_shard)
-        index = self._index(layer, shard, self._per_shard)
+        shard = chunk // self._per_shard
+        place = self._chunk_place(layer, chunk, self._index(layer, shard, self._per_shard))
+        if place is None:
+            return None
+        data = self._part(self._path(layer, shard), *place)
+        return self._unsealed(layer, chunk, memoryview(data), place[1])
+
+    def _chunk_place(
+        self, layer: int, chunk: int, index: NDArray[np.uint64] | None
+    ) -> tuple[int, int] | None:
+        """Give where a chunk is in its shard, and its bytes; None where it was not written."""
         if index is None:
             return None
-        offset, length = map(int, index[number])
+        offset, length = map(int, index[chunk % self._per_shard])
         if offset == length == EMPTY:
             return None
-        if length > self._storage.chunk_bytes + (1 << 16):
+        if length > self._storage.chunk_bytes + _FRAME:
             raise self._damaged(layer, chunk, f"the index says that it has {length} bytes")
-        with self._path(layer, shard).open("rb", buffering=0) as file:
-            data = read_at(file, length, offset)
+        return offset, length
+
+    def _unsealed(self, layer: int, chunk: int, data: memoryview, length: int) -> memoryview:
         if len(data) < length or not is_sealed(data):
             raise self._damaged(layer, chunk, "its bytes don't match their checksum")
-        return memoryview(data)[:-4]
+        return data[:-4]
 
     def _index(self, layer: int, shard: int, count: int) -> NDArray[np.uint64] | None:
         with self._lock:
             if (layer, shard) in self._indices:
                 self._indices.move_to_end((layer, shard))
                 return self._indices[layer, shard]
-        found = None
-        size = index_bytes(count)
+        size, path = index_bytes(count), self._path(layer, shard)
         try:
-            with self._path(layer, shard).open("rb", buffering=0) as file:
-                file.seek(max(file.seek(0, os.SEEK_END) - size, 0))
-                data = file.read(size)
+            if isinstance(path, RemotePath):
+                data = path.bucket.tail(path.inside, size)
+            else:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(max(file.seek(0, os.SEEK_END) - size, 0))
+                    data = file.read(size)
         except FileNotFoundError:
-            pass
-        else:
-            if len(data) < size or not is_sealed(data):
+            return self._remember(layer, shard, None)
+        return self._remember(layer, shard, data)
+
+    def _remember(self, layer: int, shard: int, data: bytes | None) -> NDArray[np.uint64] | None:
+        """Check the index of a shard, and have it from then on; None where there is no shard."""
+        found = None
+        if data is not None:
+            if len(data) < index_bytes(self._per_shard) or not is_sealed(data):
                 path = self._path(layer, shard)
                 msg = f"{path}: the shard's index doesn't match its checksum; see actstore.verify"
                 raise ArchiveError(msg)
@@ -331,6 +432,18 @@ class ShardedRows:
         place = f" of layer {layer}" if self.axis else ""
         msg = f"{self.folder}: chunk {chunk}{place} is damaged: {reason}; see actstore.verify"
         return ArchiveError(msg)
+
+
+def _near(places: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Put ascending ranges of bytes together that are one request's: near, and not too many."""
+    runs: list[list[tuple[int, int, int]]] = []
+    for one in places:
+        end = sum(runs[-1][-1][:2]) if runs else 0
+        if runs and one[0] - end <= _GAP and sum(one[:2]) - runs[-1][0][0] <= _MOST:
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return runs
 
 
 class CodedRows:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import crc32c as castagnoli
 
 from actstore.archive.zipped import Place
+from actstore.buckets import RemotePath
 from actstore.errors import FormatError, UnsupportedVersionError
 
 __all__ = [
@@ -105,6 +106,8 @@ def read_attributes(path: Place) -> dict[str, Any]:
 
 def _read_json(place: Place) -> bytes:
     """Read metadata, unless it is larger than any that is worth parsing."""
+    if isinstance(place, RemotePath):
+        return place.bucket.keep(place.inside, _JSON_LIMIT)
     if place.stat().st_size > _JSON_LIMIT:
         msg = f"{place} is over {_JSON_LIMIT} bytes"
         raise ValueError(msg)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actstore import codecs, files
 from actstore.archive.zipped import Place, ZipPath
+from actstore.buckets import RemotePath
 from actstore.errors import ConfigError
 
 __all__ = [
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 Bytes = NDArray[np.uint8]
-PlaceT = TypeVar("PlaceT", Path, ZipPath, Place)
+PlaceT = TypeVar("PlaceT", Path, ZipPath, RemotePath, Place)
 
 EMPTY: Final = (1 << 64) - 1
 _INDEX_BYTES: Final = 16  # of a chunk: its place and its length
@@ -262,7 +263,7 @@ def _seal(out: Bytes, start: int, end: int) -> int:
     return end + _CRC.size
 
 
-def is_sealed(data: bytes) -> bool:
+def is_sealed(data: bytes | memoryview) -> bool:
     """Whether bytes end with the checksum of what stands before, as all chunks do."""
     body, seal = memoryview(data)[: -_CRC.size], data[-_CRC.size :]
     return len(data) >= _CRC.size and castagnoli.crc32c(body) == _CRC.unpack(seal)[0]

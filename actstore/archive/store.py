@@ -6,10 +6,11 @@ arrays are ``shards.py``'s; whether they are intact, ``checks.py``'s.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any, Final
@@ -19,7 +20,15 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.store import (
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    Store,
+    SuffixByteRequest,
+)
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ZipStore
 
 from actstore import files
@@ -39,6 +48,7 @@ from actstore.archive.root import (
 )
 from actstore.archive.shards import codec_metadata
 from actstore.archive.zipped import Place, ZipPath
+from actstore.buckets import RemotePath
 from actstore.errors import ArchiveError
 
 __all__ = [
@@ -62,6 +72,7 @@ __all__ = [
 _SMALL_CHUNK: Final = 1 << 20  # elements along each dimension
 _CHUNK_ELEMENTS: Final = 1 << 24  # in all
 _METADATA: Final = "zarr.json"
+_ROOT_LIMIT: Final = 1 << 30
 
 
 class ArchiveWriter:
@@ -216,11 +227,30 @@ def _fill(dtype: np.dtype) -> Any:
 
 def open_xarray(path: Place, group: str = "") -> xr.Dataset:
     """Open an archive, or a group of it, lazily, without dask."""
-    held = _Zip(path.file, mode="r") if isinstance(path, ZipPath) else path
+    held: Any = _Zip(path.file, mode="r") if isinstance(path, ZipPath) else path
+    known: dict[str, xr.Variable] = {}
+    if isinstance(path, RemotePath):
+        held, known = _Objects(path), {} if group else _indices(read_root(path))
     dataset: xr.Dataset = xr.open_zarr(
-        held, group=group or None, chunks=None, consolidated=not group, zarr_format=3
+        held,
+        group=group or None,
+        chunks=None,
+        consolidated=not group,
+        zarr_format=3,
+        drop_variables=list(known),
     )
-    return dataset
+    return dataset.assign_coords(known)
+
+
+def _indices(root: Mapping[str, Any]) -> dict[str, xr.Variable]:
+    """Give the indices whose values the root has: xarray would ask for each of them at once."""
+    arrays, found = arrays_of(root), {}
+    for name, values in root["attributes"].get("index", {}).items():
+        said = arrays.get(name)
+        if said is not None and said["shape"] == [len(values)]:
+            array = np.array(values, np.dtype(said["data_type"]))
+            found[name] = xr.Variable((name,), array, said.get("attributes"))
+    return found
 
 
 def read_rows(folder: Place, name: str, place: tuple[int, ...], first: int, last: int) -> Any:
@@ -255,6 +285,8 @@ def _open(folder: Place, name: str) -> Any:
         said = folder.file.stat()
         held = _held(folder.file, said.st_size, said.st_mtime_ns)
         return zarr.open_array(held, path=name, mode="r", zarr_format=3)
+    if isinstance(folder, RemotePath):
+        return zarr.open_array(_Objects(folder), path=name, mode="r", zarr_format=3)
     return zarr.open_array(folder / name, mode="r", zarr_format=3)
 
 
@@ -272,3 +304,91 @@ class _Zip(ZipStore):
         except zipfile.BadZipFile as error:
             msg = f"{self.path}/{key} is damaged: {error}; see actstore.verify"
             raise ArchiveError(msg) from error
+
+
+class _Objects(Store):
+    """An archive in a bucket, as zarr-python reads it: each key is an object.
+
+    The root's metadata, which has that of all arrays, is what was read on opening.
+    """
+
+    supports_writes = False
+    supports_deletes = False
+    supports_listing = True
+
+    def __init__(self, where: RemotePath) -> None:
+        super().__init__(read_only=True)
+        self._where = where
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Objects) and self._where == other._where
+
+    def __hash__(self) -> int:
+        return hash(self._where)
+
+    def __str__(self) -> str:
+        return str(self._where)
+
+    def with_read_only(self, read_only: bool = False) -> _Objects:
+        if not read_only:
+            msg = f"{self._where} is read, and not written, as a store of zarr"
+            raise ArchiveError(msg)
+        return self
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        try:
+            data = await asyncio.to_thread(self._read, key, byte_range)
+        except FileNotFoundError:
+            return None
+        return prototype.buffer.from_bytes(data)
+
+    def _read(self, key: str, wanted: ByteRequest | None) -> bytes:
+        bucket, name = self._where.bucket, (self._where / key).inside
+        match wanted:
+            case RangeByteRequest(start, end):
+                return bucket.part(name, start, end - start)
+            case OffsetByteRequest(offset):
+                return bucket.get(name)[offset:]
+            case SuffixByteRequest(length):
+                return bucket.tail(name, length)
+        return bucket.keep(name, _ROOT_LIMIT) if key == _METADATA else bucket.get(name)
+
+    async def get_partial_values(
+        self,
+        prototype: BufferPrototype,
+        key_ranges: Iterable[tuple[str, ByteRequest | None]],
+    ) -> list[Buffer | None]:
+        asked = [self.get(key, prototype, wanted) for key, wanted in key_ranges]
+        return list(await asyncio.gather(*asked))
+
+    async def exists(self, key: str) -> bool:
+        return await asyncio.to_thread((self._where / key).exists)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        msg = f"{self._where / key} is read, and not written, as a store of zarr; {value!r}"
+        raise ArchiveError(msg)
+
+    async def delete(self, key: str) -> None:
+        msg = f"{self._where / key} is read, and not removed, as a store of zarr"
+        raise ArchiveError(msg)
+
+    async def list(self) -> AsyncIterator[str]:
+        async for name in self.list_prefix(""):
+            yield name
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        inside = f"{self._where.inside}/" if self._where.inside else ""
+        for one in await asyncio.to_thread(self._where.bucket.list, self._where.inside):
+            name = one.name.removeprefix(inside)
+            if name.startswith(prefix):
+                yield name
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        below = f"{prefix.rstrip('/')}/" if prefix else ""
+        seen = set()
+        async for name in self.list_prefix(below):
+            seen.add(name.removeprefix(below).partition("/")[0])
+        for name in sorted(seen):
+            yield name

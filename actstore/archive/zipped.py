@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import IO, Any, Final, NamedTuple
 
+from actstore.buckets import RemotePath
 from actstore.errors import FormatError
 
 __all__ = ["Place", "ZipPath", "is_zip", "member_names", "pack", "read_at", "unexpected"]
@@ -293,7 +294,7 @@ class ZipPath:
 
 
 #: Where an archive, or something in it, is.
-Place = Path | ZipPath
+Place = Path | ZipPath | RemotePath
 
 
 def read_at(file: Any, length: int, offset: int) -> bytes:

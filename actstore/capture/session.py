@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from actstore import codecs
+from actstore.buckets import RemotePath
 from actstore.capture import place
 from actstore.capture.device import Crossings, pinned
 from actstore.capture.header import check_same_run, describe
@@ -46,7 +47,7 @@ from actstore.capture.sharding import Sharding, parallel_of
 from actstore.capture.stage import Stage
 from actstore.capture.tokens import Checkpoints, _TokenBoundaryTracker
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
-from actstore.errors import ActstoreWarning, CaptureError, ConfigError
+from actstore.errors import ActstoreWarning, BucketError, CaptureError, ConfigError
 from actstore.packet import TokenRecord
 from actstore.parallel import Parallel
 from actstore.stream import resume
@@ -56,9 +57,10 @@ from actstore.stream.sidecars import (
     resume_count,
     tokens_name,
 )
+from actstore.stream.uploading import UploadedWriter
 from actstore.stream.writer import CommitPoint, StreamWriter
 
-__all__ = ["Capture", "Instrumented", "Options"]
+__all__ = ["Capture", "Instrumented", "Options", "Upload"]
 
 _log = logging.getLogger("actstore")
 _NAMED: Final = 8
@@ -141,6 +143,22 @@ class Options:
             raise ConfigError(msg)
 
 
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Where a log goes while it is written.
+
+    Attributes
+    ----------
+    where : RemotePath
+        The log in the bucket.
+    spool_bytes : int
+        What of it may wait here.
+    """
+
+    where: RemotePath
+    spool_bytes: int
+
+
 class Capture:
     """A capture of one or more models into one log: a context manager.
 
@@ -160,6 +178,8 @@ class Capture:
         Is given a line every five seconds, by the writer's thread.
     warns : bool
         Warn at the end of what was not captured.
+    upload : Upload, optional
+        The bucket that the log goes to while it is written; ``path`` is then its spool.
 
     Attributes
     ----------
@@ -181,7 +201,9 @@ class Capture:
         memory: Memory | None = None,
         progress: Callable[[str], None] | None = None,
         warns: bool = True,
+        upload: Upload | None = None,
     ) -> None:
+        self._upload = upload
         self._memory = memory
         self._progress = progress
         self._warns = warns
@@ -189,6 +211,7 @@ class Capture:
         self._models = models
         self._config = config
         self._path = path.absolute()  # also if the working directory changes until the end
+        self._called = str(upload.where if upload else self._path)
         self._options = options
         self._tracker: _TokenBoundaryTracker | None = None
         self._left = False
@@ -209,7 +232,7 @@ class Capture:
             checkpoint_path = place.checkpoint_path(self._options.checkpoint_path, self._path)
             if not self._options.resume_from_checkpoint:
                 place.move_aside(self._path, checkpoint_path)
-            self._writer = stack.enter_context(StreamWriter(self._path))
+            self._writer = stack.enter_context(self._opened())
             run = self._begin(header, checkpoint_path)
             self._crossings = Crossings()
             in_turn = _on_cores(self._models)
@@ -219,14 +242,14 @@ class Capture:
                 self._config.budget,
                 run.point,
                 memory=self._memory,
-                into=str(self._path),
+                into=self._called,
                 in_turn=in_turn,
             )
             self._pipeline = Pipeline(
                 self._stage,
                 self._writer,
                 codecs.NAMES[self._config.compression_algorithm],
-                Meter(str(self._path), self._progress),
+                Meter(self._called, self._progress),
             )
             first = self._models[0]
             sampled = granularity is HookGranularity.SAMPLED_SLICES
@@ -261,6 +284,13 @@ class Capture:
             stack.callback(atexit.unregister, self._at_exit)
             self._open = stack.pop_all()
         return self._tracker
+
+    def _opened(self) -> StreamWriter:
+        if self._upload is None:
+            return StreamWriter(self._path)
+        return UploadedWriter(
+            self._path, self._upload.where.bucket, spool_bytes=self._upload.spool_bytes
+        )
 
     def _begin(self, header: dict[str, Any], checkpoint_path: Path) -> _Run:
         """Start the log, or resume it."""
@@ -377,9 +407,9 @@ class Capture:
         self.summary = self._summarise(kind)
         try:
             self._writer.finish(self.summary)
-        except OSError as error:
+        except (OSError, BucketError) as error:
             self._stage.fail(error)
-        _log.info("captured %s: %s", self._path, self.summary)
+        _log.info("captured %s: %s", self._called, self.summary)
 
     def _summarise(self, kind: type[BaseException] | None) -> dict[str, Any]:
         stage, hooks, meter = self._stage, self.hooks, self._pipeline.meter
@@ -389,6 +419,9 @@ class Capture:
             "disk": stage.syncing_seconds,
             "device": self._crossings.waited_seconds,
         }
+        if isinstance(self._writer, UploadedWriter):  # while it waits, the budget fills up
+            waited["bucket"] = min(self._writer.waited_seconds, waited["budget"])
+            waited["budget"] -= waited["bucket"]
         skipped = dict(hooks.skipped)
         return {
             "packets": hooks.packets,
@@ -413,9 +446,13 @@ class Capture:
     def _save(self, tracker: _TokenBoundaryTracker, error: BaseException | None) -> None:
         """Write the files beside the log; their failure doesn't hide the error that ends it."""
         try:
-            tracker.save(tokens_name(self._path))
+            name = tokens_name(self._path)
+            tracker.save(name)
             tracker.close(clean=error is None)
-        except CaptureError as fault:
+            if self._upload is not None and error is None:
+                self._upload.where.beside("_tokens.json").put(name.read_bytes())
+                name.unlink()
+        except (CaptureError, BucketError) as fault:
             if error is None:
                 raise
             error.add_note(str(fault))
@@ -450,7 +487,7 @@ class Capture:
                 f"{summary['waited_seconds']:.2f} s, for {summary['limited_by']} most"
             )
         for text in told:
-            warnings.warn(f"capture into {self._path}: {text}", ActstoreWarning, stacklevel=5)
+            warnings.warn(f"capture into {self._called}: {text}", ActstoreWarning, stacklevel=5)
 
 
 @dataclass(frozen=True, slots=True)

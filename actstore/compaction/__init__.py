@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from actstore import files, markup
-from actstore.archive import shards
+from actstore.archive import shards, uploads
 from actstore.archive.shuffling import check_layout
+from actstore.buckets import RemotePath, remote
 from actstore.clusters import check_client
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Wanted
-from actstore.compaction.executing import check_workers
-from actstore.compaction.logs import Pathlike, paths_of
+from actstore.compaction.executing import SENT_GB, check_workers
+from actstore.compaction.logs import Pathlike, path_of, paths_of
 from actstore.compaction.recipe import OfLogs
 from actstore.compaction.writing import Progress, write_archive
+from actstore.errors import ConfigError
+from actstore.stream import segments
 
-__all__ = ["CompactionReport", "Pathlike", "Progress", "compact"]
+__all__ = ["CompactionReport", "Pathlike", "Progress", "compact", "discard"]
 
 _WORKERS: Final = 2
 _MEMORY_GB: Final = 1.0
@@ -35,7 +38,7 @@ class CompactionReport:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
         The archive.
     rows : mapping of str to int
         Rows of each token axis.
@@ -54,7 +57,7 @@ class CompactionReport:
         What it took.
     """
 
-    path: Path
+    path: Path | RemotePath
     rows: Mapping[str, int]
     variables: tuple[str, ...]
     aliases: Mapping[str, str]
@@ -105,6 +108,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     remove_logs: bool = False,
     progress: Progress | None = None,
     ranks: str = "all",
+    storage_options: Mapping[str, Any] | None = None,
+    spool: Pathlike | None = None,
 ) -> CompactionReport:
     """Compact logs into a Zarr v3 archive, verified before it appears.
 
@@ -121,7 +126,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         they are given here, then replica, pass, batch item, position; with several of these, the
         coordinate ``run`` has their number. Logs that say nothing of a mesh are runs each.
     out : path
-        The archive, a folder that must not exist; by custom ``name.zarr``.
+        The archive, a folder that must not exist, or the URL of one in a bucket
+        (``s3://bucket/run.zarr``); by custom ``name.zarr``. It is uploaded shard by shard, and is
+        an archive with the last object, its root's metadata.
     profile : {"balanced", "fast", "dense", "none"}
         Of the archive's chunks, always lossless: small at little cost; LZ4; the smallest, which
         takes about three times as long to encode, and no longer to read; raw.
@@ -177,6 +184,12 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         Of a run on a mesh: refuse it where a rank is missing, or has fewer passes than the
         others; keep the passes and packets that all have; or that too, of the ranks that are
         given: divided outputs that lack a part are then kept apart, as ``site@tensor0``.
+    storage_options : mapping, optional
+        Of a bucket that ``streams`` or ``out`` are in, as for `open_dataset`.
+    spool : path, optional
+        Of an archive in a bucket the folder for the few shards that wait for their upload, and
+        for the notes by which the same call goes on after a kill: by default that of the log, or
+        the working directory where the log is in a bucket, too.
 
     Returns
     -------
@@ -191,23 +204,62 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     ArchiveError
         ``out`` exists, can't be written, or what was written doesn't read back as the log has
         it.
+    BucketError
+        A bucket doesn't answer; what is uploaded is kept there, for the same call to go on.
     MissingFileError, FormatError, StreamCorruptError
         As for `open_stream`.
     """
     began = time.monotonic()
-    paths, target = paths_of(streams), files.path_of(out)
+    paths, target = paths_of(streams, storage_options), path_of(out, storage_options)
     shards.check_profile(profile)
     drawn = check_layout(layout, seed)
     check_workers(workers)
-    files.check_new(target)
     check_client(client)
+    waiting = uploads.spool_of(spool, paths[0])
+    if isinstance(target, RemotePath):
+        uploads.check_new(target, waiting)
+    else:
+        files.check_new(target)
     recipe = OfLogs(
         tuple(path.absolute() for path in paths), shapes, dtypes, precision, ranks, drawn
     )
+    sent = SENT_GB if isinstance(target, RemotePath) else 0.0
     with recipe.made(tokenizer) as (content, mine):
-        executor = chosen(client, recipe, content, mine, workers, max_memory_gb)
-        made = write_archive(content, mine, target, profile, executor, progress)
+        executor = chosen(client, recipe, content, mine, workers, max_memory_gb - sent)
+        made = write_archive(content, mine, target, profile, executor, progress, waiting)
     if remove_logs:
         for path in paths:
-            path.unlink()
+            if isinstance(path, RemotePath):
+                segments.remove(path.bucket)
+            else:
+                path.unlink()
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)
+
+
+def discard(url: str, *, storage_options: Mapping[str, Any] | None = None) -> int:
+    """Remove what a compaction into a bucket left that will not go on.
+
+    Parameters
+    ----------
+    url : str
+        Of the archive that was to be.
+    storage_options : mapping, optional
+        As for `open_dataset`.
+
+    Returns
+    -------
+    int
+        How many objects were removed.
+
+    Raises
+    ------
+    ConfigError
+        It is no URL.
+    ArchiveError
+        There is a whole archive, or nothing of one; nothing is removed.
+    """
+    where = remote(url, storage_options)
+    if where is None:
+        msg = f"discard wants the URL of an archive in a bucket; got {url!r}"
+        raise ConfigError(msg)
+    return uploads.discard(where)

@@ -18,6 +18,7 @@ from uuid import uuid4
 from actstore.archive import grid
 from actstore.archive.jobs import Job, Written
 from actstore.archive.journal import attempts_of
+from actstore.buckets import RemotePath
 from actstore.compaction.content import Content
 from actstore.compaction.executing import Executor, Threads, fitting
 from actstore.compaction.recipe import Recipe
@@ -46,7 +47,8 @@ def chosen(
     Raises
     ------
     ConfigError
-        Not even one shard fits into memory, or shuffled rows are to be written by a cluster.
+        Not even one shard fits into memory; or a cluster is to write shuffled rows, or those of
+        a log in a bucket.
     """
     count = fitting(jobs, workers, gigabytes, content.shuffling_bytes(jobs))
     if client is None:
@@ -55,6 +57,12 @@ def chosen(
     if content.captured is not None:
         msg = "layout='shuffled' is written by this process alone; leave client out"
         raise ConfigError(msg)
+    for one in recipe.paths:
+        if isinstance(one, RemotePath):
+            msg = (
+                f"a cluster wants logs on a file system that all workers see; {one} is in a bucket"
+            )
+            raise ConfigError(msg)
     return Cluster(client, recipe, content.fingerprint(jobs), gigabytes)
 
 

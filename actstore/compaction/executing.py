@@ -5,21 +5,35 @@ An executor gives each shard as it is written; what is finished is noted by who 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 from actstore.archive import jobs, shards
+from actstore.archive.grid import SHARD_BYTES
 from actstore.archive.jobs import Job, Written
 from actstore.errors import ArchiveError, ConfigError
 
-__all__ = ["Executor", "Threads", "check_workers", "fitting", "unverified", "write_shard"]
+__all__ = [
+    "SENT_GB",
+    "Executor",
+    "Sending",
+    "Threads",
+    "check_workers",
+    "fitting",
+    "unverified",
+    "write_shard",
+]
 
 #: What a compaction holds beside its shards: the logs' tables, and what of them is decoded.
 _BESIDE: Final = 64 << 20
+#: Shards that are uploaded at a time.
+_SENDERS: Final = 2
+#: GB of memory that these take.
+SENT_GB: Final = _SENDERS * SHARD_BYTES / 1e9
 
 
 class Executor(Protocol):
@@ -63,6 +77,46 @@ class Threads:
             running = {pool.submit(write_shard, job, folder, profile): job for job in jobs}
             for future in _as_done(running):
                 yield running[future], future.result()
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """Has shards written by another executor, and uploads each; few of them wait for that.
+
+    Parameters
+    ----------
+    executor : Executor
+        Writes them.
+    send : callable
+        Uploads what was written of a shard; called in threads.
+    batch : int
+        Shards that are asked for at a time.
+    """
+
+    executor: Executor
+    send: Callable[[Written], None]
+    batch: int
+
+    def written(
+        self, jobs: Sequence[Job], folder: Path, profile: str
+    ) -> Generator[tuple[Job, Written], None, None]:
+        """Write and upload shards; see `Executor`."""
+        sent: dict[Future[None], tuple[Job, Written]] = {}
+
+        def ended(most: int) -> Iterator[tuple[Job, Written]]:
+            while len(sent) > most:
+                for future in wait(sent, return_when="FIRST_COMPLETED").done:
+                    future.result()
+                    yield sent.pop(future)
+
+        with _threads(_SENDERS) as pool:
+            for first in range(0, len(jobs), self.batch):
+                some = jobs[first : first + self.batch]
+                with closing(self.executor.written(some, folder, profile)) as made:
+                    for job, written in made:
+                        sent[pool.submit(self.send, written)] = job, written
+                        yield from ended(_SENDERS)
+            yield from ended(0)
 
 
 def fitting(jobs: Sequence[Job], workers: int, gigabytes: float, beside: int = 0) -> int:

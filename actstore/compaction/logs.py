@@ -13,6 +13,7 @@ import numpy as np
 from actstore import files
 from actstore.archive import layout
 from actstore.archive.coordinates import Runs
+from actstore.buckets import RemotePath, is_remote, remote
 from actstore.errors import ConfigError
 from actstore.stream.joined import JoinedReader
 from actstore.stream.mesh import replicas
@@ -27,6 +28,7 @@ __all__ = [
     "headers_of",
     "logs_of",
     "opened",
+    "path_of",
     "paths_of",
     "plan_log",
     "row_reader",
@@ -43,12 +45,13 @@ def opened(
     shapes: Mapping[str, Sequence[int]] | None,
     dtypes: Mapping[str, str] | None,
     ranks: str = "all",
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Iterator[Reader]:
     """Open logs as one, and refuse damaged ones; ``ranks`` as for `replicas`."""
     with ExitStack() as stack:
         readers = [
             stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes))
-            for path in paths_of(streams)
+            for path in paths_of(streams, storage_options)
         ]
         for one in readers:
             one.check()
@@ -56,14 +59,22 @@ def opened(
         yield runs[0] if len(runs) == 1 else JoinedReader(runs)
 
 
-def paths_of(streams: Pathlike | Sequence[Pathlike]) -> list[Path]:
+def paths_of(
+    streams: Pathlike | Sequence[Pathlike], storage_options: Mapping[str, Any] | None = None
+) -> list[Path | RemotePath]:
     """Give the paths of one log or several."""
     if isinstance(streams, str | os.PathLike):
-        return [Path(streams)]
+        return [path_of(streams, storage_options)]
     if not isinstance(streams, Sequence) or not streams:
         msg = f"compact takes the path of a log, or a sequence of them; got {streams!r}"
         raise ConfigError(msg)
-    return [files.path_of(one) for one in streams]
+    return [path_of(one, storage_options) for one in streams]
+
+
+def path_of(path: Pathlike, storage_options: Mapping[str, Any] | None) -> Path | RemotePath:
+    """Give a path of this machine, or a place in a bucket."""
+    far = remote(path, storage_options) if is_remote(path) else None
+    return files.path_of(path) if far is None else far
 
 
 def plan_log(reader: Reader, tokenizer: Any = None) -> layout.Plan:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from actstore.archive.jobs import Job
+from actstore.buckets import RemotePath
 from actstore.compaction.content import Content, Wanted
 from actstore.compaction.logs import opened
 
@@ -22,7 +23,7 @@ class Recipe(Protocol):
     """Makes what an archive will hold. It pickles, and makes the same in every process."""
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[Path | RemotePath, ...]:
         """The logs."""
         ...
 
@@ -40,7 +41,7 @@ class OfLogs:
 
     Parameters
     ----------
-    paths : tuple of Path
+    paths : tuple of Path or RemotePath
         The logs.
     shapes, dtypes : mapping or None
         As for `compact`.
@@ -52,7 +53,7 @@ class OfLogs:
         By which rows are shuffled, if they are.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Path | RemotePath, ...]
     shapes: Mapping[str, Sequence[int]] | None = None
     dtypes: Mapping[str, str] | None = None
     precision: Wanted = None

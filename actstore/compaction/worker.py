@@ -18,6 +18,7 @@ from typing import Final
 from uuid import uuid4
 
 from actstore.archive.jobs import Job, Written
+from actstore.buckets import RemotePath
 from actstore.clusters import memory_of
 from actstore.compaction.executing import fitting, write_shard
 from actstore.compaction.recipe import Recipe
@@ -68,7 +69,7 @@ class Making:
         return self.folder / "wanted"
 
 
-def stamps_of(paths: Sequence[Path]) -> tuple[Stamp, ...]:
+def stamps_of(paths: Sequence[Path | RemotePath]) -> tuple[Stamp, ...]:
     """Give what tells logs from others."""
     found = [(str(path), path.stat()) for path in paths]
     return tuple((name, one.st_size, one.st_mtime_ns) for name, one in found)

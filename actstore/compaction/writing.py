@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,19 @@ from actstore.archive.jobs import Job, Written
 from actstore.archive.journal import Journal
 from actstore.archive.precision import EXACT, SCALE, Errors
 from actstore.archive.shuffling import SEED
+from actstore.archive.uploads import Uploads
+from actstore.archive.zipped import Place
+from actstore.buckets import RemotePath
 from actstore.compaction.content import Content
-from actstore.compaction.executing import Executor, unverified
+from actstore.compaction.executing import Executor, Sending, unverified
 from actstore.errors import ActstoreError, ArchiveError
 
 __all__ = ["Progress", "write_archive"]
+
+#: Values of an index that the root's metadata has.
+_MOST_INDEXED: Final = 1 << 14
+#: Shards that are written before the next are begun, where they are uploaded.
+_BATCH: Final = 4
 
 #: Called with the bytes that are done and those that there are.
 Progress = Callable[[int, int], None]
@@ -36,19 +44,29 @@ Progress = Callable[[int, int], None]
 def write_archive(
     content: Content,
     jobs: Sequence[Job],
-    target: Path,
+    target: Path | RemotePath,
     profile: str,
     executor: Executor,
     progress: Progress | None,
+    spool: Path | None = None,
 ) -> dict[str, Any]:
     """Write an archive, or go on with one; give what a report says of it.
+
+    Of one in a bucket, ``spool`` is the folder for what isn't uploaded yet.
 
     Raises
     ------
     ArchiveError
         It can't be written, or doesn't read back.
     """
-    making = Journal(target, f"{content.fingerprint(jobs)} {profile}", _now())
+    name = f"{content.fingerprint(jobs)} {profile}"
+    making: Journal
+    if isinstance(target, RemotePath):
+        uploads = Uploads(target, name, _now(), spool or Path())
+        making = uploads
+        executor = Sending(executor, uploads.send, _BATCH)
+    else:
+        making = Journal(target, name, _now())
     try:
         with making as journal:
             made = _write(content, jobs, journal, profile, executor, progress)
@@ -93,7 +111,7 @@ def _write(
     _describe_arrays(writer, content, profile)
     for name, exact in _exact(plan, jobs, journal.done).items():
         _describe_exact(writer, plan, name, exact, profile)
-    _check_arrays(journal.folder, jobs)
+    _check_arrays(journal.place, jobs)
     _add_labels(writer, content)
     errors = _errors(jobs, journal.done)
     writer.finish(_attributes(content, stored, errors, profile, journal.created))
@@ -121,7 +139,7 @@ def _shares(owners: Mapping[str, int], nbytes: int) -> dict[str, int]:
     return result
 
 
-def _check_arrays(folder: Path, jobs: Sequence[Job]) -> None:
+def _check_arrays(folder: Place, jobs: Sequence[Job]) -> None:
     """Read a chunk of each array by zarr-python, as its metadata says, and compare it."""
     for job in {job.name: job for job in jobs}.values():
         number = int(np.flatnonzero(job.shard.present)[0])
@@ -253,6 +271,7 @@ def _attributes(
         "format": store.FORMAT,
         "format_version": store.VERSION,
         "coordinates": " ".join(labels),
+        "index": _index(plan.coordinates),
         "rows": dict(plan.rows),
         **shuffled,
         "aliases": dict(plan.aliases),
@@ -265,6 +284,17 @@ def _attributes(
             "created": created,
             "logs": content.logs,
         },
+    }
+
+
+def _index(coordinates: Sequence[Coordinate]) -> dict[str, list[int]]:
+    """Give the values of the indices, which readers want at once, where they are few."""
+    return {
+        one.name: one.values.tolist()
+        for one in coordinates
+        if one.dims == (one.name,)
+        and one.values.dtype.kind in "iu"
+        and one.values.size <= _MOST_INDEXED
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.buckets import RemotePath
 from actstore.errors import ConfigError
 from actstore.packet import LayerInfo
 from actstore.stream.reader import StreamReader
@@ -74,7 +75,7 @@ class JoinedReader:
         self.table = self._table()
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | RemotePath:
         """The first log."""
         return self.readers[0].path
 
@@ -107,7 +108,7 @@ class JoinedReader:
     # -- putting together -----------------------------------------------------------------------
 
     def _check_runs(self) -> None:
-        seen: dict[Any, Path] = {}
+        seen: dict[Any, Path | RemotePath] = {}
         for one in self.readers:
             run = one.header.get("run_id", str(one.path.resolve()))
             if run in seen:

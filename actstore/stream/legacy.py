@@ -115,8 +115,8 @@ class LegacyReader(StreamReader):
 
     def _open(self) -> None:
         self._found = found = legacy_packets.find(self._file)
-        self._told.check(found.names, self.path)
-        codec, tokens = found.compression(), _tokens(self.path)
+        self._told.check(found.names, self.local)
+        codec, tokens = found.compression(), _tokens(self.local)
         name = None if codec is None else codec.name.lower()
         header = {
             "writer": {"name": "llm-instrumentation", "version": "unknown"},
@@ -126,7 +126,7 @@ class LegacyReader(StreamReader):
         intact = (found.codec != Codec.NONE) | (not codec)  # as far as shows without decoding
         damage = self._damage(~intact, f"a payload that is no {name} frame, as the others are")
         whole = found.end == self._file.size
-        ended = whole and not sidecars.checkpoint_name(self.path).exists()
+        ended = whole and not sidecars.checkpoint_name(self.local).exists()
         self._load(Scan(header, b"", complete=ended, damage=damage))
         if damage and not self._skip:
             intact &= found.offset < damage[0].offset

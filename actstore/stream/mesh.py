@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from actstore.buckets import RemotePath
 from actstore.errors import ConfigError
 from actstore.parallel import AXES, Parallel
 from actstore.stream.parts import Member
@@ -89,7 +90,7 @@ def _replicas(members: Sequence[Member], ranks: str) -> list[StreamReader | Unit
 
 
 def _check_twice(readers: Sequence[StreamReader]) -> None:
-    seen: dict[Any, Path] = {}
+    seen: dict[Any, Path | RemotePath] = {}
     for one in readers:
         run = one.header.get("run_id", str(one.path.resolve()))
         if run in seen:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import codecs, dtypes, files, hook_names, markup
+from actstore.buckets import RemotePath, remote
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
 from actstore.packet import LayerInfo, Packet, PassInfo, TokenRecord
 from actstore.stream import table
@@ -37,6 +38,7 @@ from actstore.stream.records import (
     Token,
 )
 from actstore.stream.scan import Damage, LogFile, Scan, scan
+from actstore.stream.segments import log_file
 from actstore.stream.table import BlockPlace, PacketTable
 
 __all__ = ["StreamReader", "open_stream"]
@@ -53,19 +55,20 @@ _BARE: Final = (Opcode.LAYER, Opcode.TOKEN, Opcode.TEXT)
 
 
 def open_stream(
-    path: str | Path,
+    path: str | Path | RemotePath,
     errors: str = "raise",
     *,
     follow: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> StreamReader:
     """Open a ``.stream`` log, whole or torn, closed or still growing, or one of an older tool.
 
     Parameters
     ----------
     path : str or Path
-        The log.
+        The log, or the URL that one was, or is being, uploaded to.
     errors : {"raise", "skip"}
         What damage does: ``"raise"`` reads everything intact before it, then raises
         `StreamCorruptError`; ``"skip"`` goes on behind it and lists it in ``.damage``.
@@ -78,6 +81,8 @@ def open_stream(
         named are flat.
     dtypes : mapping of str to str, optional
         Of such a log: layer -> the dtype of its packets, where that is not float16.
+    storage_options : mapping, optional
+        Of a bucket, as for `open_dataset`.
 
     Returns
     -------
@@ -101,12 +106,13 @@ def open_stream(
     """
     from actstore.stream.legacy import LegacyReader, is_legacy  # which is a StreamReader
 
-    if is_legacy(path):
+    far = remote(path, storage_options)
+    if far is None and is_legacy(Path(path)):
         if follow:
             msg = f"{path} is a log of llm-instrumentation, which can't be followed"
             raise ConfigError(msg)
-        return LegacyReader(path, errors, shapes=shapes, dtypes=dtypes)
-    reader = StreamReader(path, errors, follow=follow)
+        return LegacyReader(Path(path), errors, shapes=shapes, dtypes=dtypes)
+    reader = StreamReader(far or path, errors, follow=follow)
     if shapes is not None or dtypes is not None:
         reader.close()
         msg = f"{path} says itself what shapes and dtypes its packets have; don't give any"
@@ -128,7 +134,7 @@ class StreamReader:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
         The log.
     header : mapping
         The HEADER: run id, writer, models, capture settings, codecs (``schemas/stream.md``).
@@ -148,14 +154,21 @@ class StreamReader:
         The run's own summary; empty where the log was not closed.
     """
 
-    def __init__(self, path: str | Path, errors: str = "raise", *, follow: bool = False) -> None:
+    def __init__(
+        self, path: str | Path | RemotePath, errors: str = "raise", *, follow: bool = False
+    ) -> None:
         if errors not in ("raise", "skip"):
             msg = f"errors must be 'raise' or 'skip'; got {errors!r}"
             raise ConfigError(msg)
-        self.path = Path(path)
+        self.path = path if isinstance(path, RemotePath) else Path(path)
         self._skip = errors == "skip"
         self._follow = follow
-        self._file = LogFile(self.path)
+        if follow and isinstance(path, RemotePath):
+            msg = (
+                f"{path} is in a bucket, which doesn't tell when it grows; open it without follow"
+            )
+            raise ConfigError(msg)
+        self._file = log_file(self.path)
         try:
             self._open()
         except BaseException:
@@ -212,12 +225,26 @@ class StreamReader:
         self._file.close()
         self._cache.clear()
 
+    @property
+    def local(self) -> Path:
+        """The log, where it is a file of this machine.
+
+        Raises
+        ------
+        ConfigError
+            It is in a bucket.
+        """
+        if isinstance(self.path, RemotePath):
+            msg = f"{self.path} is in a bucket; this is done with a log that is a file here"
+            raise ConfigError(msg)
+        return self.path
+
     # -- what the log says ----------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
         """Whether the log was closed cleanly and nothing was found damaged."""
-        return self._scan.complete and not self.damage
+        return self._scan.complete and self._file.whole and not self.damage
 
     @property
     def packet_count(self) -> int:
@@ -299,7 +326,7 @@ class StreamReader:
         """Wait until more is committed; False when nothing will be."""
         idle = 0.0
         while not self._scan.complete:
-            ended = idle >= _IDLE_SECONDS and not files.is_locked(self.path)
+            ended = idle >= _IDLE_SECONDS and not files.is_locked(Path(self.path))
             if self._file.grow():
                 self._open()
                 self.__dict__.pop("passes", None)
@@ -663,7 +690,9 @@ class _Parts:
         self.blocks.append(BlockPlace(entry, block, group))
 
 
-def _codec_table(header: Mapping[str, Any], path: Path) -> dict[int, Mapping[str, Any] | None]:
+def _codec_table(
+    header: Mapping[str, Any], path: Path | RemotePath
+) -> dict[int, Mapping[str, Any] | None]:
     declared = header.get("codecs")
     if not isinstance(declared, dict):
         msg = f"the HEADER of {path} declares no codecs; found {declared!r:.100}"

@@ -194,7 +194,7 @@ class _Intact:
         self._most = reader.file_bytes // Frame.SIZE
         table = reader.table
         frames = Scan({}, reader.scan.sync)  # by the index, a damaged frame isn't seen
-        with closing(LogFile(reader.path)) as file:
+        with closing(LogFile(reader.local)) as file:
             for _ in walk(file, frames, len(MAGIC)):
                 pass
         self.damage = {one.offset: one for one in frames.damage}
@@ -250,7 +250,7 @@ class _Intact:
         end = groups[-1].end if groups else reader.file_bytes
         closed = reader.scan.complete
         return RecoveryReport(
-            reader.path,
+            reader.local,
             target,
             int(held.size),
             len(reader.passes),

@@ -115,7 +115,7 @@ def _torn(reader: StreamReader) -> int:
     known = (group.commit.start for group in groups if group.commit.synced)
     synced = max(known, default=groups[0].end if groups else reader.file_bytes)
     found = Scan({}, reader.scan.sync)
-    with closing(LogFile(reader.path)) as file:
+    with closing(LogFile(reader.local)) as file:
         for entry in walk(file, found, synced):
             try:
                 file.check(entry)

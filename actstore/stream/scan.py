@@ -89,7 +89,19 @@ class Scan:
 
 
 class LogFile:
-    """An open log, read by offset; every length is checked against the file."""
+    """An open log, read by offset; every length is checked against the file.
+
+    Attributes
+    ----------
+    path : Path
+        The log.
+    size : int
+        Its bytes.
+    whole : bool
+        What of it is in a bucket is all of it.
+    """
+
+    whole = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -109,6 +121,11 @@ class LogFile:
     def __del__(self) -> None:
         if os is not None:  # at the interpreter's exit, modules may be gone
             self.close()
+
+    @property
+    def descriptor(self) -> int:
+        """The open file's."""
+        return self._descriptor
 
     def grow(self) -> bool:
         """Take in what was appended since; tell whether anything was."""
@@ -134,7 +151,7 @@ class LogFile:
             raise FormatError(msg)
         parts = []
         while length:
-            part = os.pread(self._descriptor, min(length, 1 << 30), offset)
+            part = self._some(min(length, 1 << 30), offset)
             if not part:
                 msg = f"the file was cut at offset {offset} while it was read"
                 raise FormatError(msg)
@@ -192,7 +209,7 @@ class LogFile:
         buffer = _piece()
         offset, left, found = entry.payload_offset, entry.payload_length, 0
         while left:
-            count = os.preadv(self._descriptor, [buffer[:left]], offset)
+            count = self._into(buffer[:left], offset)
             if not count:
                 msg = f"the file was cut at offset {offset} while it was read"
                 raise FormatError(msg)
@@ -200,6 +217,14 @@ class LogFile:
             offset += count
             left -= count
         _check_crc(found, entry)
+
+    def _some(self, length: int, offset: int) -> bytes:
+        """Read bytes at an offset, perhaps fewer."""
+        return os.pread(self._descriptor, length, offset)
+
+    def _into(self, buffer: memoryview, offset: int) -> int:
+        """Read bytes at an offset into memory; give how many."""
+        return os.preadv(self._descriptor, [buffer], offset)
 
     def corrupt(self, offset: int, reason: str) -> StreamCorruptError:
         """Make the error of damage at an offset of this file."""

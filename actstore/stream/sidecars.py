@@ -59,7 +59,8 @@ def token_metadata(reader: StreamReader) -> dict[str, Any] | None:
     if not reader.tokens and isinstance(capture, dict) and not capture.get("track_per_token"):
         return None
     said = [(one.token_id, one.token_text) for one in reader.tokens]
-    for name in (tokens_name(reader.path), older_tokens_name(reader.path)):
+    here = reader.path if isinstance(reader.path, Path) else None
+    for name in (tokens_name(here), older_tokens_name(here)) if here else ():
         if name.exists():
             found = _table(name)
             if found is not None and _said(found) == said:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import dtypes
+from actstore.buckets import RemotePath
 from actstore.errors import ConfigError
 from actstore.packet import MAIN_AXES, Axis, LayerInfo, PassInfo, TokenRecord
 from actstore.stream.parts import Member, Part, decide
@@ -116,7 +117,7 @@ class UnitedReader:
         self.table = self._table([self._piece(number, one) for number, one in enumerate(parts)])
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | RemotePath:
         """The first log."""
         return self.readers[0].path
 

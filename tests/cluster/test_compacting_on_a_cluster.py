@@ -117,6 +117,17 @@ def test_the_logs_of_ranks_are_united_on_the_workers(client: Client, tmp_path: P
     assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "b.zarr")
 
 
+def test_a_cluster_writes_into_a_bucket(client: Client, log: Path, tmp_path: Path) -> None:
+    actstore.compact(log, tmp_path / "a.zarr")
+    (tmp_path / "bucket").mkdir()
+    url = (tmp_path / "bucket/b.zarr").as_uri()
+    actstore.compact(log, url, client=client)
+    assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "bucket/b.zarr")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "bucket", "run.stream"]
+    with pytest.raises(ConfigError, match="is in a bucket"):
+        actstore.compact(log.as_uri(), tmp_path / "c.zarr", client=client)
+
+
 def test_shuffled_rows_are_not_for_a_cluster(client: Client, log: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="leave client out"):
         actstore.compact(log, tmp_path / "a.zarr", layout="shuffled", client=client)
