@@ -124,8 +124,10 @@ def test_a_cluster_writes_into_a_bucket(client: Client, log: Path, tmp_path: Pat
     actstore.compact(log, url, client=client)
     assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "bucket/b.zarr")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "bucket", "run.stream"]
+    far = (tmp_path / "bucket/run.stream").as_uri()
+    actstore.upload(log, far)
     with pytest.raises(ConfigError, match="is in a bucket"):
-        actstore.compact(log.as_uri(), tmp_path / "c.zarr", client=client)
+        actstore.compact(far, tmp_path / "c.zarr", client=client)
 
 
 def test_shuffled_rows_are_not_for_a_cluster(client: Client, log: Path, tmp_path: Path) -> None:
