@@ -40,9 +40,13 @@ def cluster_of(
         silence_logs=logging.CRITICAL,
         **options,
     ) as cluster:
-        for nanny in cluster.workers.values():
-            nanny.auto_restart = restart
+        for nanny in () if restart else cluster.workers.values():
+            nanny.instantiate = _stay_dead  # what it calls when its process has ended
         yield cluster
+
+
+async def _stay_dead() -> None:
+    """Start no worker."""
 
 
 @contextmanager
