@@ -138,8 +138,9 @@ class ArchiveWriter:
     def add_text(self, coordinate: Coordinate, group: str = "text") -> None:
         """Write text also as UTF-8 bytes and offsets, in the group ``text``, for other readers."""
         data, lengths = bytearray(), [np.zeros(1, np.int64)]
-        for part in _pieces(len(coordinate.values)):
-            encoded = [one.encode() for one in coordinate.values[part].tolist()]
+        texts = coordinate.values.reshape(-1)
+        for part in _pieces(texts.size):
+            encoded = [one.encode() for one in texts[part].tolist()]
             data += b"".join(encoded)
             lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
         ends = np.cumsum(np.concatenate(lengths))
