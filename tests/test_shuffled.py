@@ -98,10 +98,13 @@ def test_sorted_by_their_source_rows_are_those_of_the_log(made: Any, tmp_path: P
     same(shuffled, captured.isel(token=order))
 
 
+@pytest.mark.parametrize("far", [False, True], ids=["folder", "bucket"])
 def test_each_block_of_the_log_is_decoded_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: bool
 ) -> None:
     log = odd_log(tmp_path / "run.stream")
+    (tmp_path / "bucket").mkdir()
+    out = (tmp_path / "bucket/a.zarr").as_uri() if far else tmp_path / "a.zarr"
     read: Counter[int] = Counter()
     once = StreamReader.read_block
 
@@ -109,12 +112,14 @@ def test_each_block_of_the_log_is_decoded_once(
         read[index] += 1
         return once(self, index)
 
+    monkeypatch.setattr(grid, "CHUNK_BYTES", 1 << 8)
+    monkeypatch.setattr(grid, "SHARD_BYTES", 1 << 9)  # many of a layer
     monkeypatch.setattr(StreamReader, "read_block", counted)
     monkeypatch.setattr("actstore.stream.reader.CACHE_BYTES", 1)
     monkeypatch.setattr(scattering.Gather, "__call__", None)  # what is checked in the end
     monkeypatch.setattr("actstore.compaction.writing._check_arrays", lambda *_: None)
     monkeypatch.setattr(scattering, "_PIECE", 1 << 20)
-    actstore.compact(log, tmp_path / "a.zarr", layout="shuffled", workers=1)
+    actstore.compact(log, out, layout="shuffled", workers=1)
     assert max(read.values()) == 1
 
 

@@ -5,10 +5,11 @@ An executor gives each shard as it is written; what is finished is noted by who 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -30,6 +31,8 @@ __all__ = [
 
 #: What a compaction holds beside its shards: the logs' tables, and what of them is decoded.
 _BESIDE: Final = 64 << 20
+#: Shards that are begun, for each thread: who asks for them later keeps no more on the disk.
+_AHEAD: Final = 2
 #: Shards that are uploaded at a time.
 _SENDERS: Final = 2
 #: GB of memory that these take.
@@ -37,7 +40,7 @@ SENT_GB: Final = _SENDERS * SHARD_BYTES / 1e9
 
 
 class Executor(Protocol):
-    """Writes shards, each once."""
+    """Writes shards, each once, and few more than are asked for."""
 
     def written(
         self, jobs: Sequence[Job], folder: Path, profile: str
@@ -73,10 +76,16 @@ class Threads:
         self, jobs: Sequence[Job], folder: Path, profile: str
     ) -> Generator[tuple[Job, Written], None, None]:
         """Write shards; see `Executor`."""
+        waiting, running = iter(jobs), dict[Future[Written], Job]()
         with _threads(self.count) as pool:
-            running = {pool.submit(write_shard, job, folder, profile): job for job in jobs}
-            for future in _as_done(running):
-                yield running[future], future.result()
+            while True:
+                for job in islice(waiting, _AHEAD * self.count - len(running)):
+                    running[pool.submit(write_shard, job, folder, profile)] = job
+                if not running:
+                    return
+                # an interrupt is not kept waiting
+                for future in wait(running, return_when="FIRST_COMPLETED").done:
+                    yield running.pop(future), future.result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +98,10 @@ class Sending:
         Writes them.
     send : callable
         Uploads what was written of a shard; called in threads.
-    batch : int
-        Shards that are asked for at a time.
     """
 
     executor: Executor
     send: Callable[[Written], None]
-    batch: int
 
     def written(
         self, jobs: Sequence[Job], folder: Path, profile: str
@@ -109,13 +115,13 @@ class Sending:
                     future.result()
                     yield sent.pop(future)
 
-        with _threads(_SENDERS) as pool:
-            for first in range(0, len(jobs), self.batch):
-                some = jobs[first : first + self.batch]
-                with closing(self.executor.written(some, folder, profile)) as made:
-                    for job, written in made:
-                        sent[pool.submit(self.send, written)] = job, written
-                        yield from ended(_SENDERS)
+        with (
+            _threads(_SENDERS) as pool,
+            closing(self.executor.written(jobs, folder, profile)) as made,
+        ):
+            for job, written in made:
+                sent[pool.submit(self.send, written)] = job, written
+                yield from ended(_SENDERS)
             yield from ended(0)
 
 
@@ -161,14 +167,6 @@ def unverified(job: Job) -> ArchiveError:
         "again"
     )
     return ArchiveError(msg)
-
-
-def _as_done(running: Iterable[Future[Written]]) -> Iterator[Future[Written]]:
-    """Give what is running as it ends; an interrupt is not kept waiting."""
-    left = set(running)
-    while left:
-        ended, left = wait(left, return_when="FIRST_COMPLETED")
-        yield from ended
 
 
 @contextmanager

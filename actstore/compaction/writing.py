@@ -34,8 +34,6 @@ __all__ = ["Progress", "write_archive"]
 
 #: Values of an index that the root's metadata has.
 _MOST_INDEXED: Final = 1 << 14
-#: Shards that are written before the next are begun, where they are uploaded.
-_BATCH: Final = 4
 
 #: Called with the bytes that are done and those that there are.
 Progress = Callable[[int, int], None]
@@ -64,7 +62,7 @@ def write_archive(
     if isinstance(target, RemotePath):
         uploads = Uploads(target, name, _now(), spool or Path())
         making = uploads
-        executor = Sending(executor, uploads.send, _BATCH)
+        executor = Sending(executor, uploads.send)
     else:
         making = Journal(target, name, _now())
     try:

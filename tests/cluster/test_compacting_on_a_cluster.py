@@ -124,6 +124,9 @@ def test_a_cluster_writes_into_a_bucket(client: Client, log: Path, tmp_path: Pat
     actstore.compact(log, url, client=client)
     assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "bucket/b.zarr")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "bucket", "run.stream"]
+    held = client.run(lambda: list(worker._SHELF.held))
+    planned = [sum(tmp_path in one.parents for one in mine) for mine in held.values()]
+    assert max(planned) == 1  # each worker plans the logs once
     far = (tmp_path / "bucket/run.stream").as_uri()
     actstore.upload(log, far)
     with pytest.raises(ConfigError, match="is in a bucket"):
