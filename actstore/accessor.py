@@ -462,7 +462,7 @@ class TokenAxis:
 
     def label(self, label: str) -> pd.Series:
         """Read a label, by its name with the prefix or without."""
-        return _series(self._variable(label).values)
+        return _series(self.variable(label).values)
 
     def matching(self, label: str, wanted: Any) -> NDArray[np.bool_]:
         """Tell which rows' label is equal to a value, in a list, or satisfies a function.
@@ -471,7 +471,7 @@ class TokenAxis:
         """
         if callable(wanted):
             return _satisfying(self.label(label), wanted)
-        variable, values = self._variable(label), wanted
+        variable, values = self.variable(label), wanted
         if not pd.api.types.is_list_like(wanted):
             values = [wanted]
         found = np.zeros(self.rows, np.bool_)
@@ -481,7 +481,8 @@ class TokenAxis:
             found[rows] = _series(part).isin(list(values))
         return found
 
-    def _variable(self, label: str) -> xr.Variable:
+    def variable(self, label: str) -> xr.Variable:
+        """Give a label's variable, by its name with the prefix or without."""
         full = self.prefix + label
         return self.dataset.variables[full if full in self.names else label]
 

@@ -118,9 +118,7 @@ def _runs(axis: TokenAxis, first: int) -> Ints:
     piece = slice(first, first + _PIECE)
 
     def read(label: str) -> NDArray[Any]:
-        full = axis.prefix + label
-        name = full if full in axis.names else label
-        return np.asarray(axis.dataset.variables[name][piece].values)
+        return np.asarray(axis.variable(label)[piece].values)
 
     passes, items, positions = (read(one).astype(np.int64) for one in _NAMES)
     run = read("run").astype(np.int64) if axis.run else np.zeros(passes.size, np.int64)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +46,11 @@ class JoinedReader:
     Raises
     ------
     ConfigError
-        A log is given twice, or two of them say different things of one layer or sample.
+        Two of them say different things of one layer or sample.
     """
 
     def __init__(self, readers: Sequence[StreamReader | UnitedReader]) -> None:
         self.readers = tuple(readers)
-        self._check_runs()
         self.layers = self._layers()
         self.features = self._features()
         self.token_texts = {
@@ -106,18 +104,6 @@ class JoinedReader:
         return found
 
     # -- putting together -----------------------------------------------------------------------
-
-    def _check_runs(self) -> None:
-        seen: dict[Any, Path | RemotePath] = {}
-        for one in self.readers:
-            run = one.header.get("run_id", str(one.path.resolve()))
-            if run in seen:
-                msg = (
-                    f"{one.path} and {seen[run]} are logs of the same run {run!r}; give each run "
-                    "once"
-                )
-                raise ConfigError(msg)
-            seen[run] = one.path
 
     def _layers(self) -> dict[str, LayerInfo]:
         found: dict[str, LayerInfo] = {}
