@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ __all__ = [
     "COMPLETE",
     "Segment",
     "SegmentedLog",
+    "Unfiled",
     "complete_of",
     "is_segmented",
     "log_file",
@@ -114,7 +115,19 @@ def log_file(path: Path | RemotePath) -> LogFile:
     return SegmentedLog(path) if isinstance(path, RemotePath) else LogFile(path)
 
 
-class SegmentedLog(LogFile):
+class Unfiled(LogFile):
+    """A log's bytes that are in no file of this machine; what is one says how some are read."""
+
+    def __init__(self) -> None:
+        self._descriptor, self._vain = -1, 0
+
+    def _into(self, buffer: memoryview, offset: int) -> int:
+        data = self._some(len(buffer), offset)
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class SegmentedLog(Unfiled):
     """The bytes of a log in a bucket: ranges of its segments are read as they are wanted.
 
     Raises
@@ -128,8 +141,7 @@ class SegmentedLog(LogFile):
     """
 
     def __init__(self, where: RemotePath) -> None:
-        self._descriptor = -1
-        self._vain = 0
+        super().__init__()
         self.path = where  # type: ignore[assignment] # that names it
         self._bucket = where.bucket
         self._segments = segments_of(self._bucket)
@@ -151,14 +163,6 @@ class SegmentedLog(LogFile):
         self._starts = np.array([one.start for one in self._segments], np.int64)
         self._lock = threading.Lock()
         self._windows: OrderedDict[int, bytes] = OrderedDict()
-
-    def grow(self) -> bool:
-        """Take in what was uploaded since; tell whether anything was."""
-        again = type(self)(self.path)  # type: ignore[arg-type]
-        grown = again.size > self.size
-        self._segments, self._starts, self.size = again._segments, again._starts, again.size
-        self.whole = again.whole
-        return grown
 
     def close(self) -> None:
         """Forget what was read."""
@@ -202,16 +206,6 @@ class SegmentedLog(LogFile):
             msg = f"{self.path}/{segment.name} ends before byte {offset + length} of the log"
             raise FormatError(msg)
         return data
-
-    def _into(self, buffer: memoryview, offset: int) -> int:
-        data = self._some(len(buffer), offset)
-        buffer[: len(data)] = data
-        return len(data)
-
-    @classmethod
-    def of(cls, bucket: Bucket) -> Self:
-        """Open the log below a URL."""
-        return cls(RemotePath(bucket))
 
 
 def described(segments: Sequence[Segment], crcs: Sequence[int], log: str) -> bytes:

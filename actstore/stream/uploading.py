@@ -29,7 +29,14 @@ from actstore.stream import records
 from actstore.stream.records import MAGIC, Frame, Opcode, Record
 from actstore.stream.resume import is_log
 from actstore.stream.scan import LogFile, Scan, walk
-from actstore.stream.segments import COMPLETE, Segment, complete_of, described, segments_of
+from actstore.stream.segments import (
+    COMPLETE,
+    Segment,
+    Unfiled,
+    complete_of,
+    described,
+    segments_of,
+)
 from actstore.stream.writer import CommitPoint, StreamWriter
 
 __all__ = ["SEGMENT_BYTES", "UploadReport", "UploadedWriter", "spooled", "upload"]
@@ -37,9 +44,8 @@ __all__ = ["SEGMENT_BYTES", "UploadReport", "UploadedWriter", "spooled", "upload
 SEGMENT_BYTES: Final = 64 << 20
 SEGMENT_SECONDS: Final = 30.0  # after which a smaller one is sealed
 SPOOL_BYTES: Final = 1 << 30
-_KEPT: Final = (
-    64 << 10
-)  # bytes at a log's beginning that are never given back: they say what it is
+#: Bytes at a log's beginning that are never given back: they say what it is.
+_KEPT: Final = 64 << 10
 _PAGE: Final = 4096
 _PUNCH_HOLE: Final = 3  # and keep the size
 _POLL_SECONDS: Final = 0.1
@@ -401,12 +407,11 @@ class _Upload:
     def run(self, said: Mapping[str, Any] | None, *, follow: bool) -> bool:
         """Upload; give whether the log is whole, and all there."""
         self._check_same()
-        if said is None:
-            self._check_last()
         if said is not None:
             if said["bytes"] != self._file.size:
                 raise self._other()
             return True
+        self._check_last()
         idle = 0.0
         while not self._send():
             ended = not follow or (idle >= _IDLE_SECONDS and not files.is_locked(self._file.path))
@@ -489,11 +494,11 @@ class _Upload:
         return ConfigError(msg)
 
 
-class _Held(LogFile):
+class _Held(Unfiled):
     """Bytes of a log that are in memory."""
 
     def __init__(self, data: bytes) -> None:
-        self._descriptor, self._vain = -1, 0
+        super().__init__()
         self._data, self.size = data, len(data)
 
     def is_intact(self, sync: bytes, start: int) -> bool:
@@ -509,8 +514,3 @@ class _Held(LogFile):
 
     def _some(self, length: int, offset: int) -> bytes:
         return self._data[offset : offset + length]
-
-    def _into(self, buffer: memoryview, offset: int) -> int:
-        data = self._some(len(buffer), offset)
-        buffer[: len(data)] = data
-        return len(data)
