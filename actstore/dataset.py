@@ -472,12 +472,14 @@ class _Elements(BackendArray):
 
 def _reopened(path: Path | RemotePath) -> tuple[StreamReader, layout.Plan]:
     """Open a log in another process; its arrays share the reader."""
+    if isinstance(path, RemotePath):  # many objects: what tells them apart is not asked for
+        return _planned(path, 0, 0)
     said = path.stat()
     return _planned(path, said.st_size, said.st_mtime_ns)
 
 
 @lru_cache(maxsize=8)
-def _planned(path: Path, _size: int, _mtime: int) -> tuple[StreamReader, layout.Plan]:
+def _planned(path: Path | RemotePath, _size: int, _mtime: int) -> tuple[StreamReader, layout.Plan]:
     reader = open_stream(path)
     return reader, plan_log(reader)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import s3_faults
 import torch
+import xarray as xr
 from loopback import Way
 from s3_faults import check_log, growing, write_passes
 
@@ -45,6 +47,16 @@ def local_log(path: Path, passes: int = 40, *, finish: bool = True) -> Path:
     log = LogBuilder(path)
     write_passes(log, passes)
     return log.close(finish=finish)
+
+
+def test_a_dataset_of_a_log_in_a_bucket_travels(tmp_path: Path, url: str, said: Options) -> None:
+    log = decoder_log(tmp_path / "run.stream", steps=5).path
+    actstore.upload(log, url, storage_options=said)
+    with (
+        actstore.open_dataset(url, chunks=None, storage_options=said) as far,
+        actstore.open_dataset(log, chunks=None) as near,
+    ):
+        xr.testing.assert_equal(pickle.loads(pickle.dumps(far)).load(), near.load())
 
 
 # -- while it is captured -----------------------------------------------------------------------
