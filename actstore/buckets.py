@@ -534,6 +534,12 @@ class RemotePath:
         below = [*([self.inside] if self.inside else []), *others]
         return RemotePath(self.bucket, "/".join(below))
 
+    def listed(self) -> list[Listed]:
+        """Give the objects below, by their names from here on, in the order of these."""
+        inside = f"{self.inside}/" if self.inside else ""
+        found = self.bucket.list(self.inside)
+        return [one._replace(name=one.name.removeprefix(inside)) for one in found]
+
     def resolve(self) -> RemotePath:
         """Give itself."""
         return self

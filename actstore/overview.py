@@ -128,7 +128,7 @@ class Overview:
                 raise
             with open_stream(far, errors="skip") as reader:
                 return cls._of_log(far, reader)
-        size = sum(one.size for one in far.bucket.list())
+        size = sum(one.size for one in far.listed())
         return cls._of_archive(far, "archive", said, size)
 
     @classmethod

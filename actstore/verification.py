@@ -216,7 +216,7 @@ def _size(folder: Place) -> int:
     if isinstance(folder, ZipPath):
         return sum(one.size for one in folder.members.values())
     if isinstance(folder, RemotePath):
-        return sum(one.size for one in folder.bucket.list(folder.inside))
+        return sum(one.size for one in folder.listed())
     return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
 
 

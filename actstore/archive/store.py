@@ -380,11 +380,9 @@ class _Objects(Store):
             yield name
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        inside = f"{self._where.inside}/" if self._where.inside else ""
-        for one in await asyncio.to_thread(self._where.bucket.list, self._where.inside):
-            name = one.name.removeprefix(inside)
-            if name.startswith(prefix):
-                yield name
+        for one in await asyncio.to_thread(self._where.listed):
+            if one.name.startswith(prefix):
+                yield one.name
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         below = f"{prefix.rstrip('/')}/" if prefix else ""

@@ -120,16 +120,11 @@ class Uploads(Journal):
 
     def _resume(self) -> bool:
         self._owner = str(self._begun().get("owner", self._owner))
-        self._there = {one.name: one.size for one in self._listed()}
+        self._there = {one.name: one.size for one in self.target.listed()}
         if not super()._resume():
             return False
         self._claim()
         return True
-
-    def _listed(self) -> list[Any]:
-        inside = f"{self.target.inside}/" if self.target.inside else ""
-        found = self.target.bucket.list(self.target.inside)
-        return [one._replace(name=one.name.removeprefix(inside)) for one in found]
 
     def _is_whole(self, written: Written) -> bool:
         return all(self._there.get(file) == nbytes for file, nbytes in written.files.items())
@@ -141,7 +136,7 @@ class Uploads(Journal):
     def _begin(self) -> None:
         super()._begin()
         self._claim()
-        for one in self._listed():  # of an earlier one, of something else
+        for one in self.target.listed():  # of an earlier one, of something else
             if one.name != CLAIM:
                 self.target.bucket.delete(self._name(one.name))
 
@@ -218,10 +213,9 @@ def discard(target: RemotePath) -> int:
 
 def _remove(target: RemotePath) -> int:
     """Remove all objects of what is no archive, what claims it last."""
-    listed = target.bucket.list(target.inside)
-    names = sorted((one.name for one in listed), key=lambda name: name.endswith(CLAIM))
+    names = sorted((one.name for one in target.listed()), key=lambda name: name == CLAIM)
     for name in names:
-        target.bucket.delete(name)
+        target.bucket.delete((target / name).inside)
     return len(names)
 
 
