@@ -95,6 +95,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+def assert_legible(browser: Chromium, name: str) -> None:
+    """Check every text's contrast, and the console; keep a screenshot where that is wanted."""
+    if kept := os.environ.get("ACTSTORE_SCREENSHOTS"):
+        browser.screenshot(Path(kept) / name)
+    ratio, what, count = browser.run(CONTRAST)
+    assert ratio >= 4.5, what
+    assert count > 200
+    assert not browser.errors
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_fits_is_read_and_says_nothing_to_the_console(
@@ -105,13 +115,7 @@ def test_the_page_fits_is_read_and_says_nothing_to_the_console(
     assert browser.run("document.querySelectorAll('h1').length") == 1
     levels = browser.run("[...document.querySelectorAll('h1,h2,h3')].map((one) => one.tagName)")
     assert levels == ["H1"] + ["H2"] * (len(levels) - 1)
-    if kept := os.environ.get("ACTSTORE_SCREENSHOTS"):
-        name = f"page-{width}-{'dark' if dark else 'light'}.png"
-        browser.screenshot(Path(kept) / name)
-    ratio, what, count = browser.run(CONTRAST)
-    assert ratio >= 4.5, what
-    assert count > 200
-    assert not browser.errors
+    assert_legible(browser, f"page-{width}-{'dark' if dark else 'light'}.png")
 
 
 @pytest.mark.parametrize("width", [1280, 400])
