@@ -144,6 +144,8 @@ class Hooks:
         self.names = [target.name for target in targets]
         self._waiting: set[str] = set()
         self._handles: list[Any] = []
+        self._returning: dict[nn.Module, LayerState] = {}
+        self._hook = self._outputs.hook(self._returning, self._live, self._returned)
 
     # -- attaching ------------------------------------------------------------------------------
 
@@ -206,22 +208,24 @@ class Hooks:
                 self._stop_if_done(module)
 
             return module.register_forward_hook(weighed)
-        every = self._choice.all_outputs
+        self._returning[module] = layer
+        return module.register_forward_hook(self._hook)
 
-        def returned(args: Any, output: Any) -> None:
-            began = time.perf_counter()
-            if isinstance(output, Tensor):
-                self._fired(layer, args, output)
-            else:
-                self._fired(layer, args, first_tensor(output))
-                for place, tensor in enumerate(tensors_of(output) if every else ()):
-                    if place:
-                        another = self._layer(f"{target.name}#{place}", target, place)
-                        self._fired(another, args, tensor)
-            layer.slow_seconds += time.perf_counter() - began
-            self._stop_if_done(module)
-
-        return module.register_forward_hook(self._outputs.hook(layer, self._live, returned))
+    def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep what a module returned, where it isn't like what it returned before."""
+        layer = self._returning[module]
+        began = time.perf_counter()
+        if isinstance(output, Tensor):
+            self._fired(layer, args, output)
+        else:
+            self._fired(layer, args, first_tensor(output))
+            for place, tensor in enumerate(tensors_of(output) if self._choice.all_outputs else ()):
+                if place:
+                    target = self._modules[layer.info.name]
+                    another = self._layer(f"{target.name}#{place}", target, place)
+                    self._fired(another, args, tensor)
+        layer.slow_seconds += time.perf_counter() - began
+        self._stop_if_done(module)
 
     def _layer(self, name: str, target: Target, place: int = 0) -> LayerState:
         """Give a layer's state; of a new one with its id: the log's, else the next free one."""

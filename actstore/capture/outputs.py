@@ -98,6 +98,25 @@ class Choice:
         return not (parts or self.all_outputs or self.stop)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """What tensors of one dtype and shape share: one object, whatever layer they are of.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        Of their elements.
+    shape : torch.Size
+        Their shape.
+    nbytes : int
+        Bytes of one of them.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    nbytes: int
+
+
 @dataclass(slots=True, eq=False)
 class LayerState:
     """A hooked module's state.
@@ -114,8 +133,8 @@ class LayerState:
         Of the packets that came by the fast way, those that were timed, and how long they took.
     slow, slow_seconds : int, float
         The packets that came otherwise, and how long all firings took that did.
-    dtype, shape, kind, nbytes
-        Of the plain packet that it gave last.
+    form, kind
+        Of the plain packet that it gave last; None, 0 before the first.
     """
 
     info: LayerInfo
@@ -126,10 +145,8 @@ class LayerState:
     seconds: float = 0.0
     slow: int = 0
     slow_seconds: float = 0.0
-    dtype: torch.dtype | None = None
-    shape: torch.Size | None = None
+    form: Form | None = None
     kind: int = 0
-    nbytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -140,7 +157,7 @@ class Live:
 
 
 #: What tells whether a tensor is as it was when it was staged.
-_State = tuple[int | None, torch.dtype, torch.Size, int, str]
+_State = tuple[int | None, Form, int, str]
 
 
 class Outputs:
@@ -180,6 +197,7 @@ class Outputs:
         self._sampling = choice.sampling
         self._written_widths = set(known_widths or ())
         self._kept: dict[int, Tensor] = {}
+        self._forms: dict[tuple[torch.dtype, torch.Size], Form] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], int, *_State]] = {}
         self._chosen: dict[str, tuple[Axis, Axis, NDArray[np.int64]]] = {}
 
@@ -205,59 +223,66 @@ class Outputs:
     # -- the fast way ---------------------------------------------------------------------------
 
     def hook(
-        self, layer: LayerState, live: Live, otherwise: Callable[[Any, Any], None]
+        self,
+        layers: Mapping[nn.Module, LayerState],
+        live: Live,
+        otherwise: Callable[[nn.Module, Any, Any], None],
     ) -> Callable[..., None]:
-        """Give a forward hook that keeps a tensor like the one that the layer gave before.
+        """Give the forward hook of all modules: it keeps a tensor like the one before.
 
         It runs whenever a module fires, with caches that are full of the model's weights: every
-        line costs. What is anything else goes on to ``otherwise``, before anything is done.
+        line costs, and so does every object that isn't that of the module before, too. What is
+        anything else goes on to ``otherwise``, before anything is done.
 
         Parameters
         ----------
-        layer : LayerState
-            The layer.
+        layers : mapping of torch.nn.Module to LayerState
+            The layer that a module's output is; of one that isn't there nothing is kept.
         live : Live
             In which thread tensors are kept as they come.
         otherwise : callable
-            Takes the module's arguments and its output.
+            Takes a module, its arguments and its output.
         """
         seen, put, reference = self._seen, self._stage.put, weakref.ref
         put_from, copier = self._stage.put_from, self._crossings.copier
         identify, in_backward = threading.get_ident, torch._C._current_graph_task_id
-        clock = time.perf_counter
+        clock, find = time.perf_counter, layers.get
 
-        def fired(_module: nn.Module, args: Any, output: Any) -> None:
+        def fired(module: nn.Module, args: Any, output: Any) -> None:
+            layer = find(module)
+            if layer is None:  # a copy of a model whose hooks were copied, too
+                return None
+            form = layer.form
             # one in eight is timed; the first has come otherwise
             began = clock() if layer.kept & _TIMED == 1 else 0.0
             tensor = output[0] if type(output) is tuple and output else output
             try:
                 if (
-                    type(tensor) is not Tensor
-                    or tensor.shape != layer.shape
-                    or tensor.dtype is not layer.dtype
+                    form is None
+                    or type(tensor) is not Tensor
+                    or tensor.shape != form.shape
+                    or tensor.dtype is not form.dtype
                     or identify() != live.thread
                     or not ((on_host := tensor.is_cpu) or takes(tensor.device))
                     or not tensor.is_contiguous()
                     or tensor.is_neg()
                     or in_backward() != -1
                 ):
-                    return otherwise(args, output)
+                    return otherwise(module, args, output)
                 known = seen.get(id(tensor))
                 if known is not None and known[0]() is not None:
-                    return otherwise(args, output)
+                    return otherwise(module, args, output)
                 version = None if self.inference else tensor._version
                 address = tensor.data_ptr()
             except RuntimeError:  # it has none
-                return otherwise(args, output)
+                return otherwise(module, args, output)
             if on_host:
-                seq = put(layer.kind, layer.nbytes, address)
+                seq = put(layer.kind, form.nbytes, address)
             else:
-                seq = put_from(layer.kind, layer.nbytes, copier(tensor.detach()))
+                seq = put_from(layer.kind, form.nbytes, copier(tensor.detach()))
             layer.kept += 1
             # the packet's state, as _state has it, in one tuple with the rest
-            seen[id(tensor)] = (
-                reference(tensor), seq, version, layer.dtype, layer.shape, address, ""
-            )  # fmt: skip
+            seen[id(tensor)] = (reference(tensor), seq, version, form, address, "")
             if began:
                 layer.seconds += clock() - began
                 layer.timed += 1
@@ -300,8 +325,7 @@ class Outputs:
                 seq = self._stage.put(number, plain.nbytes, plain.data_ptr())
             self._seen[id(tensor)] = (weakref.ref(tensor), seq, *state)
             if self._choice.plain and not tensor.dtype.is_complex:
-                layer.dtype, layer.shape = tensor.dtype, tensor.shape
-                layer.kind, layer.nbytes = number, plain.nbytes
+                layer.form, layer.kind = state[1], number
         layer.kept += 1
         layer.slow += 1
 
@@ -348,7 +372,11 @@ class Outputs:
 
     def _state(self, tensor: Tensor, axis: str) -> _State:
         version = None if tensor.is_inference() or self.inference else tensor._version
-        return (version, tensor.dtype, tensor.shape, tensor.data_ptr(), axis)
+        about = (tensor.dtype, tensor.shape)
+        form = self._forms.get(about)
+        if form is None:
+            form = self._forms[about] = Form(*about, tensor.numel() * tensor.itemsize)
+        return (version, form, tensor.data_ptr(), axis)
 
     def _alias(self, tensor: Tensor, state: _State) -> int | None:
         """Give the seq of the packet of this pass that holds this very tensor, unchanged.

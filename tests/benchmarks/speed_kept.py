@@ -5,8 +5,9 @@ Run by ``.venv/bin/python tests/benchmarks/speed_kept.py``; ``--cases`` takes so
 weights (d = 1024, 8 blocks) and the shipped one, un-instrumented and captured in turn: a ratio is
 of the tokens a second of a captured run to those of the plain runs before and after it, and the
 table has the median over the rounds. "drained" counts the whole ``with``, from opening the log
-until everything is durable; "passes" only the forwards. The control is the plain run after to
-that before: what it is off from 1 is the noise.
+until everything is durable; "passes" only the forwards. "bare" is what is left by hooks that only
+copy, and encode, and write nothing (``bare.py``): no capture in Python keeps more, to within the
+noise. The control is the plain run after to that before: what it is off from 1 is the noise.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 ROOT = Path(__file__).parents[2]
 
 import torch
+from bare import Bare
 from machine import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import actstore
+from actstore.capture.select import select
 from actstore.errors import ActstoreWarning
 
 logging.disable_progress_bar()
@@ -50,8 +53,8 @@ SITES: dict[str, list[str] | None] = {
 }
 CODECS = ("none", "lz4", "zstd")
 HEAD = (
-    "| model | phase | captured | codec | drained | passes | control | tokens/s | MB | GB/s "
-    "| waited s |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| model | phase | captured | codec | drained | passes | bare | control | tokens/s | MB "
+    "| GB/s | waited s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -77,6 +80,7 @@ class Kept:
     framework: Any = None
     drained: list[float] = field(default_factory=list)
     passes: list[float] = field(default_factory=list)
+    bare: list[float] = field(default_factory=list)
     control: list[float] = field(default_factory=list)
     tokens: float = 0.0
     summary: dict[str, Any] = field(default_factory=dict)
@@ -158,8 +162,21 @@ def captured(model: Any, kept: Kept, folder: Path, times: int) -> tuple[float, f
     return drained, tokens / seconds
 
 
+def bare(model: Any, case: Case, times: int) -> float:
+    """Run with bare hooks on the same modules; give tokens a second, the last bytes encoded."""
+    run, passes = PHASES[case.phase]
+    hooks = actstore.HookConfig(target_layers=SITES[case.sites])
+    targets = select(model, actstore.HookGranularity.FULL_TENSOR, hooks)
+    modules = [target.module for target in targets]
+    hooked = Bare(model, modules, case.codec, getattr(torch, case.dtype).itemsize)
+    began = time.perf_counter()
+    with hooked:
+        tokens, _ = run(model, passes * times)
+    return tokens / (time.perf_counter() - began)
+
+
 def round_of(model: Any, mine: Sequence[Kept], folder: Path, times: int) -> None:
-    """Run plain, captured, plain, captured, …, plain; note the ratios."""
+    """Run plain, captured, bare, plain, captured, bare, …, plain; note the ratios."""
     run, passes = PHASES[mine[0].case.phase]
 
     def plain() -> float:
@@ -169,9 +186,11 @@ def round_of(model: Any, mine: Sequence[Kept], folder: Path, times: int) -> None
     before = plain()
     for kept in mine:
         drained, alone = captured(model, kept, folder, times)
+        least = bare(model, kept.case, times)
         after = plain()
         kept.drained.append(2 * drained / (before + after))
         kept.passes.append(2 * alone / (before + after))
+        kept.bare.append(2 * least / (before + after))
         kept.control.append(after / before)
         kept.tokens = max(kept.tokens, before, after)
         before = after
@@ -202,7 +221,7 @@ def row(kept: Kept) -> str:
     spread = max(abs(one - 1) for one in kept.control)
     return (
         f"| {case.model} {case.dtype} | {case.phase} | {case.sites} | {case.codec} | "
-        f"{median(kept.drained):.3f} | {median(kept.passes):.3f} | "
+        f"{median(kept.drained):.3f} | {median(kept.passes):.3f} | {median(kept.bare):.3f} | "
         f"{median(kept.control):.3f} ± {spread:.2f} | {kept.tokens:,.0f} | "
         f"{said['raw_bytes'] / 1e6:,.0f} | {said['sustained_gbps']:.2f} | "
         f"{said['waited_seconds']:.2f} |"
