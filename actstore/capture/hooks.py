@@ -321,7 +321,10 @@ class Hooks:
         return hook
 
     def _has_axis(self, name: str) -> bool:
-        return self._pass is not None and any(axis.name == name for axis in self._pass.axes)
+        for axis in self._pass.axes if self._pass is not None else ():
+            if axis.name == name:
+                return True
+        return False
 
     def _count(self, axis: FedAxis, arguments: Mapping[str, Any]) -> None:
         """Give rows behind a cache that can't say how much it holds the next positions."""

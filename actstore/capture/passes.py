@@ -488,14 +488,13 @@ class Entries:
 
     def enter(self, module: nn.Module) -> bool:
         """Note a call; tell whether it is an outermost one."""
-        caller = sys._getframe(1)
-        self.interrupted = bool(self._stack) and not _encloses(self._outermost, caller)
+        self.interrupted = bool(self._stack) and _has_ended(self._outermost)
         if self.interrupted:  # hooks are not called where an interrupt ends a forward
             self._stack.clear()
         self._stack.append(module)
         if len(self._stack) == 1:
             self._raised = sys.exception()
-            self._outermost = caller.f_back  # what calls hooks and forward
+            self._outermost = sys._getframe(2)  # what calls hooks and forward
         return len(self._stack) == 1
 
     def leave(self, module: nn.Module) -> bool:
@@ -541,8 +540,11 @@ class Entries:
         return given
 
 
-def _encloses(outer: FrameType | None, frame: FrameType | None) -> bool:
-    """Whether one frame called, in however many steps, another."""
-    while frame is not None and frame is not outer:
-        frame = frame.f_back
-    return frame is not None
+def _has_ended(frame: FrameType | None) -> bool:
+    """Whether a call came to its end."""
+    if frame is not None:
+        try:
+            frame.clear()
+        except RuntimeError:  # it is executing
+            return False
+    return True
