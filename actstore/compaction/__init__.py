@@ -127,8 +127,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         coordinate ``run`` has their number. Logs that say nothing of a mesh are runs each.
     out : path
         The archive, a folder that must not exist, or the URL of one in a bucket
-        (``s3://bucket/run.zarr``); by custom ``name.zarr``. It is uploaded shard by shard, and is
-        an archive with the last object, its root's metadata.
+        (``s3://bucket/run.zarr``), below which nothing may be; by custom ``name.zarr``. It is
+        uploaded shard by shard, and is an archive with the last object, its root's metadata.
     profile : {"balanced", "fast", "dense", "none"}
         Of the archive's chunks, always lossless: small at little cost; LZ4; the smallest, which
         takes about three times as long to encode, and no longer to read; raw.
@@ -202,8 +202,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         An argument can't be honoured; logs say different things of one layer; a rank is missing,
         given twice, or disagrees with the others; or a single row needs more memory.
     ArchiveError
-        ``out`` exists, can't be written, or what was written doesn't read back as the log has
-        it.
+        ``out`` exists, can't be written, was discarded meanwhile, or what was written doesn't
+        read back as the log has it.
     BucketError
         A bucket doesn't answer; what is uploaded is kept there, for the same call to go on.
     MissingFileError, FormatError, StreamCorruptError

@@ -17,7 +17,7 @@ import xarray as xr
 from loopback import Request, Way
 
 import actstore
-from actstore.archive import grid
+from actstore.archive import grid, uploads
 from actstore.buckets import Bucket, remote
 from actstore.compaction import writing
 from actstore.errors import ArchiveError, BucketError, ConfigError, MissingFileError
@@ -274,6 +274,80 @@ def test_two_machines_do_not_make_one_archive(
     with pytest.raises(ArchiveError, match="is an archive"):
         actstore.discard(url, storage_options=said)
     assert actstore.verify(url, storage_options=said).ok
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_what_else_is_below_a_url_is_never_removed(
+    kind: str, log: Path, tmp_path: Path, url: str
+) -> None:
+    url = f"memory://{url[5:]}" if kind == "memory" else f"file://{tmp_path}/far"
+    actstore.compact(log, f"{url}/a.zarr")
+    bucket_of(url).put("notes.txt", b"mine")
+    before = objects_of(url)
+    data = bytearray(log.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged = tmp_path / "damaged.stream"
+    damaged.write_bytes(data)
+    for one in (log, damaged):
+        with pytest.raises(ArchiveError, match="URL below which there is nothing"):
+            actstore.compact(one, url)
+    assert objects_of(url) == before
+    actstore.upload(log, f"{url}/b.stream")
+    with pytest.raises(ArchiveError, match="URL below which there is nothing"):
+        actstore.compact(f"{url}/b.stream", f"{url}/b.stream", spool=tmp_path)
+    assert actstore.verify(f"{url}/b.stream").ok
+    assert not list(tmp_path.glob(".*")), "nothing of a compaction is left"
+
+
+def test_what_comes_between_the_look_and_the_claim_is_never_removed(
+    log: Path, tmp_path: Path, url: str, said: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket_of(url, said).put("other/data.bin", b"theirs")
+    monkeypatch.setattr(uploads, "check_new", lambda *_given: None)
+    with pytest.raises(ArchiveError, match=r"such as other/data\.bin"):
+        actstore.compact(log, url, storage_options=said)
+    assert objects_of(url, said) == {"other/data.bin": b"theirs"}
+    assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
+
+
+@pytest.mark.parametrize("when", ["among the shards", "at the end"])
+def test_a_compaction_that_was_discarded_touches_nothing_of_the_next_one(
+    when: str,
+    log: Path,
+    tmp_path: Path,
+    url: str,
+    said: Options,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    theirs = {".making.json": b'{"owner": "another"}', "other/c/0": b"theirs"}
+    finish = uploads.Uploads.finish
+
+    def discard(*_given: object) -> None:
+        actstore.discard(url, storage_options=said)
+        for name, data in theirs.items():
+            bucket_of(url, said).put(name, data)
+
+    def finish_late(self: uploads.Uploads) -> None:
+        discard()
+        finish(self)
+
+    if when == "at the end":
+        monkeypatch.setattr(uploads.Uploads, "finish", finish_late)
+        with pytest.raises(ArchiveError, match="no longer this compaction's"):
+            actstore.compact(log, url, storage_options=said)
+    else:
+        progress = iter([discard])
+        with pytest.raises(ArchiveError):
+            actstore.compact(
+                log,
+                url,
+                storage_options=said,
+                progress=lambda *_given: next(progress, lambda: None)(),
+            )
+    found = objects_of(url, said)
+    assert {name: found.get(name) for name in theirs} == theirs
+    assert "zarr.json" not in found
+    assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
 
 
 def cut_off(way: Way, *, after: int) -> None:
