@@ -305,6 +305,66 @@ def test_a_torn_tail_stays_here_and_damage_is_refused(
         actstore.upload(other, f"{url}-2", storage_options=said)
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_log_is_not_removed_for_one_that_lacks_a_segment(
+    number: int, tmp_path: Path, url: str, said: Options
+) -> None:
+    path = local_log(tmp_path / "run.stream")
+    actstore.upload(path, url, segment_bytes=4096, storage_options=said)
+    remote(url, said).bucket.delete(names_of(url, said)[number])  # type: ignore[union-attr]
+    for removes in (False, True):
+        with pytest.raises(FormatError, match=r"complete\.json tells of"):
+            actstore.upload(path, url, remove=removes, storage_options=said)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_log_is_not_removed_for_one_that_is_damaged(
+    told: bool, tmp_path: Path, url: str, said: Options
+) -> None:
+    path = local_log(tmp_path / "run.stream")
+    actstore.upload(path, url, segment_bytes=4096, storage_options=said)
+    bucket = remote(url, said).bucket  # type: ignore[union-attr]
+    second = names_of(url, said)[1]
+    data = bytearray(bucket.get(second))
+    data[100] ^= 1
+    bucket.put(second, bytes(data))
+    if not told:
+        bucket.delete("complete.json")
+    with pytest.raises(StreamCorruptError, match=rf"{second} is damaged"):
+        actstore.upload(path, url, remove=True, segment_bytes=4096, storage_options=said)
+    assert path.exists()
+    assert ("complete.json" in names_of(url, said)) == told
+    for name in names_of(url, said)[1:]:
+        bucket.delete(name)
+    report = actstore.upload(path, url, remove=True, segment_bytes=4096, storage_options=said)
+    assert report.complete
+    assert not path.exists()
+    assert actstore.verify(url, storage_options=said).ok
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_was_given_back_to_the_disk_is_checked_by_its_records(
+    damaged: bool, tmp_path: Path, url: str, said: Options
+) -> None:
+    log = growing(tmp_path / "spool.stream", url, said)
+    write_passes(log, 120)
+    log.close(finish=False)
+    bucket = remote(url, said).bucket  # type: ignore[union-attr]
+    segments = [one for one in names_of(url, said) if int(one[:20]) > 70_000]  # not what is kept
+    assert log.path.stat().st_blocks * 512 < log.path.stat().st_size
+    if damaged:
+        data = bytearray(bucket.get(segments[0]))
+        data[1000] ^= 1
+        bucket.put(segments[0], bytes(data))
+        with pytest.raises(StreamCorruptError, match=rf"{segments[0]} is damaged"):
+            actstore.upload(log.path, url, remove=True, storage_options=said)
+    else:
+        actstore.upload(log.path, url, remove=True, storage_options=said)
+        check_log(url, said, log.fired, complete=False)
+    assert log.path.exists() == damaged
+
+
 def test_another_log_or_none_is_refused(tmp_path: Path, url: str, said: Options) -> None:
     path = local_log(tmp_path / "run.stream")
     actstore.upload(path, url, storage_options=said)
