@@ -17,6 +17,7 @@ from actstore.archive import shards, uploads
 from actstore.archive.shuffling import check_layout
 from actstore.buckets import RemotePath, remote
 from actstore.clusters import check_client
+from actstore.compaction import removing
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Wanted
 from actstore.compaction.executing import SENT_GB, check_workers
@@ -24,7 +25,6 @@ from actstore.compaction.logs import Pathlike, path_of, paths_of
 from actstore.compaction.recipe import OfLogs
 from actstore.compaction.writing import Progress, write_archive
 from actstore.errors import ConfigError
-from actstore.stream import segments
 
 __all__ = ["CompactionReport", "Pathlike", "Progress", "compact", "discard"]
 
@@ -177,7 +177,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         changes nothing; when there has been none for a minute, an `ArchiveError` says so, and
         the same call goes on.
     remove_logs : bool
-        Remove the logs when the archive is whole, verified and on the disk.
+        Remove the logs when the archive is whole, verified and on the disk, and the token tables
+        and checkpoints beside them that say no more than they do. Logs that are being written, or
+        are in a bucket and not whole, are refused.
     progress : callable, optional
         Called with the bytes that are done and those that there are.
     ranks : {"all", "common", "given"}
@@ -199,11 +201,13 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     Raises
     ------
     ConfigError
-        An argument can't be honoured; logs say different things of one layer; a rank is missing,
-        given twice, or disagrees with the others; or a single row needs more memory.
+        An argument can't be honoured; a log is to be removed that is being written; logs say
+        different things of one layer; a rank is missing, given twice, or disagrees with the
+        others; or a single row needs more memory.
     ArchiveError
         ``out`` exists, can't be written, was discarded meanwhile, or what was written doesn't
-        read back as the log has it.
+        read back as the log has it. Or a log that was to be removed was written meanwhile: then
+        ``out`` is whole, and no log is removed.
     BucketError
         A bucket doesn't answer; what is uploaded is kept there, for the same call to go on.
     MissingFileError, FormatError, StreamCorruptError
@@ -223,16 +227,12 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     recipe = OfLogs(
         tuple(path.absolute() for path in paths), shapes, dtypes, precision, ranks, drawn
     )
+    states = removing.states_of(recipe.paths) if remove_logs else {}
     sent = SENT_GB if isinstance(target, RemotePath) else 0.0
     with recipe.made(tokenizer) as (content, mine):
         executor = chosen(client, recipe, content, mine, workers, max_memory_gb - sent)
         made = write_archive(content, mine, target, profile, executor, progress, waiting)
-    if remove_logs:
-        for path in paths:
-            if isinstance(path, RemotePath):
-                segments.remove(path.bucket)
-            else:
-                path.unlink()
+    removing.remove(states, target)
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)
 
 

@@ -217,6 +217,19 @@ def test_what_is_uploaded_of_a_running_capture_is_a_log(
     assert actstore.verify(url, storage_options=said).ok
 
 
+def test_a_log_that_is_not_whole_in_its_bucket_is_not_removed(
+    tmp_path: Path, url: str, said: Options
+) -> None:
+    path = decoder_log(tmp_path / "run.stream", finish=False).path
+    actstore.upload(path, url, storage_options=said)
+    before = names_of(url, said)
+    with pytest.raises(ConfigError, match=r"is being written, for there is no complete\.json"):
+        actstore.compact(url, tmp_path / "a.zarr", remove_logs=True, storage_options=said)
+    assert names_of(url, said) == before
+    with pytest.raises(MissingFileError):
+        actstore.compact(f"{url}-2", tmp_path / "a.zarr", remove_logs=True, storage_options=said)
+
+
 def test_an_upload_follows_a_growing_log(tmp_path: Path, url: str, said: Options) -> None:
     log = LogBuilder(tmp_path / "run.stream")
     found: list[Any] = []
