@@ -10,6 +10,7 @@ import hashlib
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ class UploadedWriter(StreamWriter):
             raise ConfigError(msg)
         self._changed = threading.Condition()
         self._committed = self._given_back = 0
+        self._ends: deque[int] = deque()  # of the groups that aren't in the bucket yet
         self._finishing = self._closing = self._stopped = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="actstore-upload", daemon=True)
@@ -218,6 +220,7 @@ class UploadedWriter(StreamWriter):
         super().append(group, point)
         began = self._clock()
         with self._changed:
+            self._ends.append(self.offset)
             self._committed = self.offset
             self._changed.notify_all()
             while self._failure is None and self._is_full():
@@ -292,13 +295,16 @@ class UploadedWriter(StreamWriter):
         """Wait for what is to be a segment; give its end, None where nothing more comes."""
         with self._changed:
             sealed = self._sender.end
+            while self._ends and self._ends[0] <= sealed:
+                self._ends.popleft()
             began = self._clock()
             while not self._stopped:
-                waiting = self._committed - sealed
-                if waiting >= self._segment_bytes or (waiting and self._closing):
-                    return self._committed
+                full = (end for end in self._ends if end - sealed >= self._segment_bytes)
+                if (end := next(full, None)) is not None:
+                    return end
+                waiting = self._committed > sealed
                 if self._closing:
-                    return None
+                    return self._committed if waiting else None
                 left = SEGMENT_SECONDS - (self._clock() - began)
                 if left <= 0 and waiting:
                     return self._committed

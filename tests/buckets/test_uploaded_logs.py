@@ -30,6 +30,8 @@ from actstore.errors import (
     MissingFileError,
     StreamCorruptError,
 )
+from actstore.stream import uploading
+from actstore.stream.segments import segments_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
 from logs import LogBuilder, decoder_log
@@ -244,6 +246,26 @@ def test_an_upload_follows_a_growing_log(tmp_path: Path, url: str, said: Options
     thread.join()
     assert found[0].complete
     check_log(url, said, fired, complete=True)
+
+
+def test_segments_stay_small_behind_a_slow_bucket(
+    tmp_path: Path, url: str, said: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, send = threading.Event(), uploading._Sender.send
+
+    def send_late(self: uploading._Sender, descriptor: int, end: int) -> None:
+        written.wait()
+        send(self, descriptor, end)
+
+    monkeypatch.setattr(uploading._Sender, "send", send_late)
+    log = growing(tmp_path / "spool.stream", url, said, spool_bytes=1 << 24)
+    fired = write_passes(log, 60)
+    written.set()
+    log.close()
+    check_log(url, said, fired, complete=True)
+    sizes = [one.size for one in segments_of(remote(url, said).bucket)]  # type: ignore[union-attr]
+    assert len(sizes) > 10
+    assert max(sizes) < 4096 + 4096, "a segment, and the group that reaches its bound"
 
 
 def test_an_upload_goes_on_where_one_ended(
