@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import s3_faults
 import xarray as xr
-from loopback import Request, Way
+from loopback import Request, Way, blobs_of
 
 import actstore
 from actstore.archive import grid, uploads
@@ -99,6 +99,23 @@ def test_parts_are_read_by_ranges_that_are_near_each_other_at_once(
         with way.counted() as seen:
             np.testing.assert_array_equal(far.resid[1, 5].values, wanted.resid[1, 5])
         assert len(seen) == 1, "an index is read once"
+
+
+def test_an_archive_in_azure_is_read_in_parts(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "CHUNK_BYTES", 128)
+    monkeypatch.setattr(grid, "SHARD_BYTES", 4096)
+    actstore.compact(log, tmp_path / "run.zarr")
+    with (
+        blobs_of(tmp_path) as said,
+        actstore.open_dataset("az://box/run.zarr", chunks=None, storage_options=said) as far,
+        actstore.open_dataset(log) as near,
+    ):
+        rows = far.resid[1, [3, 20, 21]].values
+        np.testing.assert_array_equal(rows, near.resid[1, [3, 20, 21]])
+        with pytest.raises(FileNotFoundError):
+            bucket_of("az://box/run.zarr", said).tail("none", 4)
 
 
 def test_an_archive_without_its_indices_in_the_root_opens(
