@@ -214,7 +214,11 @@ class SegmentedLog(Unfiled):
         place = int(np.searchsorted(self._starts, offset, side="right")) - 1
         segment = self._segments[place]
         wanted = min(length, segment.end - offset)
-        data = self._bucket.part(segment.name, offset - segment.start, wanted)
+        try:
+            data = self._bucket.part(segment.name, offset - segment.start, wanted)
+        except FileNotFoundError:
+            msg = f"{self._bucket.url}/{segment.name} is not there any more"
+            raise FormatError(msg) from None
         if len(data) != wanted:
             msg = f"{self.path}/{segment.name} ends before byte {offset + length} of the log"
             raise FormatError(msg)

@@ -30,8 +30,7 @@ from actstore.errors import (
     MissingFileError,
     StreamCorruptError,
 )
-from actstore.stream import uploading
-from actstore.stream.segments import segments_of
+from actstore.stream import segments, uploading
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
 from logs import LogBuilder, decoder_log
@@ -263,7 +262,7 @@ def test_segments_stay_small_behind_a_slow_bucket(
     written.set()
     log.close()
     check_log(url, said, fired, complete=True)
-    sizes = [one.size for one in segments_of(remote(url, said).bucket)]  # type: ignore[union-attr]
+    sizes = [one.size for one in segments.segments_of(remote(url, said).bucket)]  # type: ignore[union-attr]
     assert len(sizes) > 10
     assert max(sizes) < 4096 + 4096, "a segment, and the group that reaches its bound"
 
@@ -386,13 +385,13 @@ def test_what_was_given_back_to_the_disk_is_checked_by_its_records(
     write_passes(log, 120)
     log.close(finish=False)
     bucket = remote(url, said).bucket  # type: ignore[union-attr]
-    segments = [one for one in names_of(url, said) if int(one[:20]) > 70_000]  # not what is kept
+    far = [one for one in names_of(url, said) if int(one[:20]) > 70_000]  # not what is kept
     assert log.path.stat().st_blocks * 512 < log.path.stat().st_size
     if damaged:
-        data = bytearray(bucket.get(segments[0]))
+        data = bytearray(bucket.get(far[0]))
         data[1000] ^= 1
-        bucket.put(segments[0], bytes(data))
-        with pytest.raises(StreamCorruptError, match=rf"{segments[0]} is damaged"):
+        bucket.put(far[0], bytes(data))
+        with pytest.raises(StreamCorruptError, match=rf"{far[0]} is damaged"):
             actstore.upload(log.path, url, remove=True, storage_options=said)
     else:
         actstore.upload(log.path, url, remove=True, storage_options=said)
@@ -416,6 +415,25 @@ def test_another_log_or_none_is_refused(tmp_path: Path, url: str, said: Options)
         actstore.open_stream(f"{url}-none", storage_options=said)
     with pytest.raises(ConfigError, match="without follow"):
         actstore.open_stream(url, follow=True, storage_options=said)
+
+
+def test_a_segment_that_goes_while_its_log_is_open_is_damage(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "_WINDOW", 1024)  # else all is read at once
+    url = f"memory://{url[5:]}"
+    path = local_log(tmp_path / "run.stream")
+    actstore.upload(path, url, segment_bytes=4096)
+    lost = names_of(url, {})[3]
+    with (
+        actstore.open_stream(url) as reader,
+        actstore.open_stream(url, "skip") as lenient,
+    ):
+        remote(url).bucket.delete(lost)  # type: ignore[union-attr]
+        with pytest.raises(StreamCorruptError, match=rf"{url}/{lost} is not there any more"):
+            list(reader.packets())
+        assert 0 < len(list(lenient.packets())) < 80
+        assert lenient.damage
 
 
 def test_a_lost_segment_is_damage_of_a_whole_log(tmp_path: Path, url: str, said: Options) -> None:
