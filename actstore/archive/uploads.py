@@ -105,9 +105,9 @@ class Uploads(Journal):
 
     def _check_target(self) -> None:
         if (self.target / _ROOT).exists():
-            if self._claimed_by() == self._begun().get("owner", ""):  # killed at its very end
+            if self._claimed_by() == self._begun().get("owner"):  # killed at its very end
                 self.target.bucket.delete(self._name(CLAIM))
-                self._forget()
+            self._forget()
             msg = f"{self.target} is an archive by now, and is not overwritten; give another URL"
             raise ArchiveError(msg)
 

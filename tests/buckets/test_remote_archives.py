@@ -271,6 +271,19 @@ def test_what_was_killed_at_its_very_end_is_tidied_by_the_next_call(
     assert actstore.verify(url, storage_options=said).ok
 
 
+def test_what_was_killed_behind_its_very_end_is_tidied_too(
+    log: Path, tmp_path: Path, url: str, said: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(uploads.Uploads, "_forget", lambda _self: None)
+        actstore.compact(log, url, storage_options=said)
+    assert len(list(tmp_path.glob(".*"))) == 2
+    with pytest.raises(ArchiveError, match="is not overwritten"):
+        actstore.compact(log, url, storage_options=said)
+    assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
+    assert actstore.verify(url, storage_options=said).ok
+
+
 def test_two_machines_do_not_make_one_archive(
     log: Path, tmp_path: Path, url: str, said: Options, way: Way
 ) -> None:
