@@ -20,7 +20,7 @@ from actstore.clusters import check_client
 from actstore.compaction import removing
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Wanted
-from actstore.compaction.executing import SENT_GB, check_workers
+from actstore.compaction.executing import SENT_BYTES, check_workers
 from actstore.compaction.logs import Pathlike, path_of, paths_of
 from actstore.compaction.recipe import OfLogs
 from actstore.compaction.writing import Progress, write_archive
@@ -228,9 +228,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         tuple(path.absolute() for path in paths), shapes, dtypes, precision, ranks, drawn
     )
     states = removing.states_of(recipe.paths) if remove_logs else {}
-    sent = SENT_GB if isinstance(target, RemotePath) else 0.0
+    sent = SENT_BYTES if isinstance(target, RemotePath) else 0
     with recipe.made(tokenizer) as (content, mine):
-        executor = chosen(client, recipe, content, mine, workers, max_memory_gb - sent)
+        executor = chosen(client, recipe, content, mine, workers, max_memory_gb, sent)
         made = write_archive(content, mine, target, profile, executor, progress, waiting)
     removing.remove(states, target)
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)

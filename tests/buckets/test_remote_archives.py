@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -232,6 +233,14 @@ def test_few_shards_wait_for_their_upload(
     report = actstore.compact(log, url, storage_options=said)
     assert report.shards_verified > 20
     assert 0 < most <= 4 + 2 + 1
+
+
+def test_the_least_memory_that_is_told_is_enough(log: Path, url: str, said: Options) -> None:
+    with pytest.raises(ConfigError, match=r"max_memory_gb is 0\.19:") as refused:
+        actstore.compact(log, url, max_memory_gb=0.19, storage_options=said)
+    told = re.search(r"needs (\d+\.\d\d) GB", str(refused.value))
+    assert told is not None
+    actstore.compact(log, url, max_memory_gb=float(told[1]), storage_options=said)
 
 
 def test_an_archive_that_is_there_is_not_overwritten(log: Path, url: str, said: Options) -> None:

@@ -17,6 +17,7 @@ import s3_faults
 import torch
 import xarray as xr
 from loopback import Way
+from obstore.store import MemoryStore
 from s3_faults import check_log, growing, write_passes
 
 import actstore
@@ -162,6 +163,49 @@ def test_a_capture_into_a_bucket_is_not_resumed(framework: Any, url: str) -> Non
         framework.capture_activations(url, **resumed),
     ):
         pass
+
+
+@pytest.mark.parametrize("wrong", ["x", None, True, -1, 0, float("nan"), float("inf")])
+def test_a_spool_of_no_size_is_refused(
+    framework: Any, tmp_path: Path, url: str, wrong: object
+) -> None:
+    framework.spool_gb = wrong
+    with pytest.raises(ConfigError, match="spool_gb"), framework.capture_activations(url):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_are_not_tracked_into_a_store_that_nothing_can_be_beside(
+    framework: Any, tmp_path: Path
+) -> None:
+    store, framework.storage_options = MemoryStore(), None
+    with (
+        pytest.raises(ConfigError, match="beside which nothing can be put"),
+        framework.capture_activations(store, track_per_token=True),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with framework.capture_activations(store):
+        passes_of(framework, 2)
+    with actstore.open_stream(store) as reader:
+        assert reader.complete
+
+
+def test_a_capture_into_a_bucket_that_an_error_ends_leaves_nothing_in_the_spool(
+    framework: Any, tmp_path: Path, url: str, said: Options
+) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        framework.capture_activations(url, True, checkpoint_interval_tokens=1) as tracker,
+    ):
+        passes_of(framework, 2)
+        tracker.record_token(1, "a")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with actstore.open_stream(url, storage_options=said) as reader:
+        assert reader.complete
+    beside = json.loads(remote(url, said).beside("_tokens.json").read_bytes())  # type: ignore[union-attr]
+    assert [one["token_text"] for one in beside["tokens"]] == ["a"]
 
 
 # -- segments -----------------------------------------------------------------------------------
