@@ -71,6 +71,7 @@ class Uploads(Journal):
     @property
     def place(self) -> RemotePath:
         """Where what was made so far can be read: with what is here uploaded first."""
+        self._check_claim()
         inside = (path.relative_to(self.folder) for path in self.folder.rglob("*"))
         names = [one.as_posix() for one in sorted(inside) if (self.folder / one).is_file()]
         missing = [name for name in names if name != _ROOT and name not in self._sent]
@@ -83,12 +84,7 @@ class Uploads(Journal):
     def finish(self) -> None:
         """Upload what is here, the root's metadata last: then it is an archive."""
         bucket, place = self.target.bucket, self.place
-        if self._claimed_by() != self._owner:
-            msg = (
-                f"{place} is no longer this compaction's: actstore.discard was called meanwhile; "
-                "what was uploaded since is left there, and is no archive: give another URL"
-            )
-            raise ArchiveError(msg)
+        self._check_claim()
         try:
             bucket.put(self._name(_ROOT), (self.folder / _ROOT).read_bytes(), new=True)
         except FileExistsError:
@@ -96,6 +92,16 @@ class Uploads(Journal):
             raise ArchiveError(msg) from None
         bucket.delete(self._name(CLAIM))
         self._forget()
+
+    def _check_claim(self) -> None:
+        """Refuse to go on where another may begin."""
+        if self._claimed_by() != self._owner:
+            msg = (
+                f"{self.target} is no longer this compaction's: actstore.discard was called "
+                "meanwhile; what was uploaded since is left there, and is no archive: give "
+                "another URL"
+            )
+            raise ArchiveError(msg)
 
     def _name(self, name: str) -> str:
         return (self.target / name).inside

@@ -237,7 +237,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
 
 
 def discard(url: str, *, storage_options: Mapping[str, Any] | None = None) -> int:
-    """Remove what a compaction into a bucket left that will not go on.
+    """Remove what a compaction into a bucket left that will not go on: all below its URL.
+
+    Nothing else was there when it began; what was put there since goes, too.
 
     Parameters
     ----------
