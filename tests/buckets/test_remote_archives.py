@@ -235,12 +235,13 @@ def test_few_shards_wait_for_their_upload(
     assert 0 < most <= 4 + 2 + 1
 
 
-def test_the_least_memory_that_is_told_is_enough(log: Path, url: str, said: Options) -> None:
+def test_the_least_memory_that_is_told_is_enough(log: Path, url: str) -> None:
+    url = f"memory://{url[5:]}"
     with pytest.raises(ConfigError, match=r"max_memory_gb is 0\.19:") as refused:
-        actstore.compact(log, url, max_memory_gb=0.19, storage_options=said)
+        actstore.compact(log, url, max_memory_gb=0.19)
     told = re.search(r"needs (\d+\.\d\d) GB", str(refused.value))
     assert told is not None
-    actstore.compact(log, url, max_memory_gb=float(told[1]), storage_options=said)
+    actstore.compact(log, url, max_memory_gb=float(told[1]))
 
 
 def test_an_archive_that_is_there_is_not_overwritten(log: Path, url: str, said: Options) -> None:
@@ -281,16 +282,17 @@ def test_what_was_killed_at_its_very_end_is_tidied_by_the_next_call(
 
 
 def test_what_was_killed_behind_its_very_end_is_tidied_too(
-    log: Path, tmp_path: Path, url: str, said: Options, monkeypatch: pytest.MonkeyPatch
+    log: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    url = f"memory://{url[5:]}"
     with monkeypatch.context() as killed:
         killed.setattr(uploads.Uploads, "_forget", lambda _self: None)
-        actstore.compact(log, url, storage_options=said)
+        actstore.compact(log, url)
     assert len(list(tmp_path.glob(".*"))) == 2
     with pytest.raises(ArchiveError, match="is not overwritten"):
-        actstore.compact(log, url, storage_options=said)
+        actstore.compact(log, url)
     assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
-    assert actstore.verify(url, storage_options=said).ok
+    assert actstore.verify(url).ok
 
 
 def test_two_machines_do_not_make_one_archive(
@@ -339,13 +341,14 @@ def test_what_else_is_below_a_url_is_never_removed(
 
 
 def test_what_comes_between_the_look_and_the_claim_is_never_removed(
-    log: Path, tmp_path: Path, url: str, said: Options, monkeypatch: pytest.MonkeyPatch
+    log: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket_of(url, said).put("other/data.bin", b"theirs")
+    url = f"memory://{url[5:]}"
+    bucket_of(url).put("other/data.bin", b"theirs")
     monkeypatch.setattr(uploads, "check_new", lambda *_given: None)
     with pytest.raises(ArchiveError, match=r"such as other/data\.bin"):
-        actstore.compact(log, url, storage_options=said)
-    assert objects_of(url, said) == {"other/data.bin": b"theirs"}
+        actstore.compact(log, url)
+    assert objects_of(url) == {"other/data.bin": b"theirs"}
     assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
 
 
@@ -355,17 +358,17 @@ def test_a_compaction_that_was_discarded_touches_nothing_of_the_next_one(
     log: Path,
     tmp_path: Path,
     url: str,
-    said: Options,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    url = f"memory://{url[5:]}"
     theirs = {".making.json": b'{"owner": "another"}', "other/c/0": b"theirs"}
     look, looked, removed = uploads.Uploads._check_claim, [], []
 
     def discard(*_given: object) -> None:
         if len(looked) == looks and not removed:
-            removed.append(actstore.discard(url, storage_options=said))
+            removed.append(actstore.discard(url))
             for name, data in theirs.items():
-                bucket_of(url, said).put(name, data)
+                bucket_of(url).put(name, data)
 
     def look_first(self: uploads.Uploads) -> None:
         look(self)
@@ -374,8 +377,8 @@ def test_a_compaction_that_was_discarded_touches_nothing_of_the_next_one(
 
     monkeypatch.setattr(uploads.Uploads, "_check_claim", look_first)
     with pytest.raises(ArchiveError, match="no longer this compaction's"):
-        actstore.compact(log, url, storage_options=said, progress=discard)
-    found = objects_of(url, said)
+        actstore.compact(log, url, progress=discard)
+    found = objects_of(url)
     assert {name: found.get(name) for name in theirs} == theirs
     assert "zarr.json" not in found
     assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
