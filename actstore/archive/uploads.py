@@ -111,7 +111,7 @@ class Uploads(Journal):
 
     def _check_target(self) -> None:
         if (self.target / _ROOT).exists():
-            if self._claimed_by() == self._begun().get("owner"):  # killed at its very end
+            if self._claimed_by() == self._begun().get("owner", ""):  # killed at its very end
                 self.target.bucket.delete(self._name(CLAIM))
             self._forget()
             msg = f"{self.target} is an archive by now, and is not overwritten; give another URL"
@@ -161,25 +161,27 @@ class Uploads(Journal):
         try:
             self.target.bucket.put(self._name(CLAIM), json.dumps(said).encode(), new=True)
         except FileExistsError:
-            if self._claimed_by() != self._owner:
-                said = json.loads((self.target / CLAIM).read_bytes(_JSON_LIMIT))
+            other = self._claimed()
+            if other.get("owner") != self._owner:
                 self._forget()
                 msg = (
-                    f"{self.target} is being made since {said.get('created')} by another "
-                    f"compaction, on {said.get('host')}, or by one that was begun with another "
+                    f"{self.target} is being made since {other.get('created')} by another "
+                    f"compaction, on {other.get('host')}, or by one that was begun with another "
                     "spool folder: wait for it, or go on there; if it is gone for good, "
                     "actstore.discard(url) removes what it left"
                 )
                 raise ArchiveError(msg) from None
 
-    def _claimed_by(self) -> str | None:
+    def _claimed(self) -> Mapping[str, Any]:
+        """Give what the claim says; nothing where there is none, or it is none of ours."""
         try:
             said = json.loads((self.target / CLAIM).read_bytes(_JSON_LIMIT))
-        except FileNotFoundError:
-            return None
-        except ValueError:  # not what a compaction writes
-            return ""
-        return str(said.get("owner")) if isinstance(said, dict) else None
+        except (FileNotFoundError, ValueError):
+            return {}
+        return said if isinstance(said, dict) else {}
+
+    def _claimed_by(self) -> str | None:
+        return self._claimed().get("owner")
 
     def _discard(self) -> None:
         """Remove all that was made; what can't be is the next one's to remove."""

@@ -20,7 +20,7 @@ __all__ = ["remove", "states_of"]
 
 
 def states_of(paths: Sequence[Path | RemotePath]) -> dict[Path | RemotePath, Any]:
-    """Give what tells logs from what they are when more was written to them; None: there is none.
+    """Give the states of logs, which change when they are written to; None where there is none.
 
     Raises
     ------

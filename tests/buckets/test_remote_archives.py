@@ -307,6 +307,9 @@ def test_two_machines_do_not_make_one_archive(
     with pytest.raises(ArchiveError, match=r"by another compaction.*actstore\.discard"):
         actstore.compact(log, url, storage_options=said, spool=other)
     assert list(other.iterdir()) == []
+    bucket_of(url, said).put(".making.json", b"not what a compaction writes")
+    with pytest.raises(ArchiveError, match="by another compaction"):
+        actstore.compact(log, url, storage_options=said, spool=other)
     assert actstore.discard(url, storage_options=said) > 0
     assert objects_of(url, said) == {}
     with pytest.raises(ArchiveError, match="nothing was removed"):
