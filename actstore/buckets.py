@@ -362,7 +362,12 @@ class _Obstore:
         return data
 
     def tail(self, name: str, length: int) -> bytes:
-        found = self._obstore.get(self._store, name, options={"range": {"suffix": length}})
+        try:
+            found = self._obstore.get(self._store, name, options={"range": {"suffix": length}})
+        except self._obstore.exceptions.NotSupportedError:  # by Azure
+            size = self.size(name)
+            start = max(size - length, 0)
+            return self.part(name, start, size - start)
         start, end = found.range
         data = bytes(found.bytes())
         if len(data) != end - start:

@@ -12,7 +12,14 @@ from typing import Any, Self
 
 from actstore.errors import ConfigError
 
-__all__ = ["HookConfig", "HookGranularity", "InstrumentationConfig", "Rows", "TargetLayers"]
+__all__ = [
+    "HookConfig",
+    "HookGranularity",
+    "InstrumentationConfig",
+    "Rows",
+    "TargetLayers",
+    "check_positive",
+]
 
 #: Exact names and globs, or a predicate of a module's name (or of its name and the module).
 TargetLayers = Sequence[str] | Callable[..., bool]
@@ -77,9 +84,9 @@ class InstrumentationConfig:
             found = self.compression_algorithm
             msg = f"compression_algorithm must be one of {wanted}; got {found!r}"
             raise ConfigError(msg)
-        _check_positive("target_throughput_gbps", self.target_throughput_gbps, "GB/s, such as 1.0")
+        check_positive("target_throughput_gbps", self.target_throughput_gbps, "GB/s, such as 1.0")
         if self.max_memory_gb is not None:
-            _check_positive("max_memory_gb", self.max_memory_gb, "GB, such as 4.0, or None")
+            check_positive("max_memory_gb", self.max_memory_gb, "GB, such as 4.0, or None")
             if self.max_memory_gb * _GIGABYTE < _LEAST_BUDGET:
                 msg = (
                     f"max_memory_gb={self.max_memory_gb!r} is under the least budget that works, "
@@ -195,7 +202,7 @@ class HookConfig:
     def __post_init__(self) -> None:
         if self.granularity is not None:
             _check_granularity("HookConfig.granularity", self.granularity)
-        _check_positive("sampling_rate", self.sampling_rate, "a share in (0, 1]")
+        check_positive("sampling_rate", self.sampling_rate, "a share in (0, 1]")
         if self.sampling_rate > 1:
             msg = f"sampling_rate must be in (0, 1]; got {self.sampling_rate!r}"
             raise ConfigError(msg)
@@ -221,7 +228,8 @@ def _check_granularity(name: str, value: Any) -> None:
         raise ConfigError(msg)
 
 
-def _check_positive(name: str, value: Any, wanted: str) -> None:
+def check_positive(name: str, value: Any, wanted: str) -> None:
+    """Refuse what is no number over 0, or not finite."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not 0 < value <= _MOST:  # NaN compares as neither
         msg = f"{name} must be a positive, finite number ({wanted}); got {value!r}"

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 from actstore import files
 from actstore.buckets import RemotePath, is_remote, remote
 from actstore.capture.memory import Memory
-from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
+from actstore.config import (
+    HookConfig,
+    HookGranularity,
+    InstrumentationConfig,
+    check_positive,
+)
 from actstore.errors import CaptureError, ConfigError
 from actstore.parallel import Parallel
 from actstore.stream import summary
@@ -195,7 +200,9 @@ class InstrumentationFramework:
         Raises
         ------
         ConfigError
-            Options without tracking, an impossible path, or a resume of another run.
+            Options without tracking, an impossible path, or a resume of another run; of a
+            capture into a bucket a ``spool_gb`` that is no size, or tracking into a store of
+            obstore, beside which no token table can be.
         CaptureError
             No model was instrumented, a capture of it is running, or this one fails.
         """
@@ -207,7 +214,7 @@ class InstrumentationFramework:
             raise CaptureError(msg)
         from actstore.capture.session import Capture, Options
 
-        far = self._upload(output_path, resume=resume_from_checkpoint)
+        far = self._upload(output_path, resume=resume_from_checkpoint, tracks=track_per_token)
         path = files.path_of(output_path) if far is None else spooled(far.where, self.spool)
         options = Options(
             track_per_token,
@@ -232,7 +239,7 @@ class InstrumentationFramework:
             self._running = None
             self.summary = capture.summary
 
-    def _upload(self, output_path: Any, *, resume: bool) -> Upload | None:
+    def _upload(self, output_path: Any, *, resume: bool, tracks: bool) -> Upload | None:
         """Give where a capture is uploaded to, where that is a URL."""
         from actstore.capture.session import Upload
 
@@ -245,6 +252,9 @@ class InstrumentationFramework:
                 "actstore.upload(path, url, follow=True) beside it"
             )
             raise ConfigError(msg)
+        check_positive("framework.spool_gb", self.spool_gb, "GB, such as 1.0")
+        if tracks:
+            where.beside("_tokens.json")  # raises where no token table can be
         return Upload(where, int(self.spool_gb * 1e9))
 
     @property

@@ -30,6 +30,8 @@ from actstore.errors import (
     StreamCorruptError,
 )
 from actstore.stream.rows import widen
+from actstore.stream.sidecars import token_dict
+from actstore.stream.writer import StreamWriter
 
 sys.path.insert(0, str(Path(__file__).parent / "archive"))
 from logs import LogBuilder, axis, decoder_log, files_of, random_values
@@ -504,6 +506,39 @@ def test_logs_are_removed_only_on_request(tmp_path: Path) -> None:
     assert log.path.exists()
     compact(log.path, tmp_path / "two.zarr", remove_logs=True)
     assert left(tmp_path) == ["one.zarr", "two.zarr"]
+
+
+def test_a_log_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
+    log = decoder_log(tmp_path / "run.stream", finish=False)
+    with StreamWriter(log.path), pytest.raises(ConfigError, match="is being written"):
+        compact(log.path, tmp_path / "run.zarr", remove_logs=True)
+    assert left(tmp_path) == ["run.stream"]
+
+    def write(_done: int, _total: int) -> None:
+        with log.path.open("ab") as file:
+            file.write(bytes(100))
+
+    with pytest.raises(ArchiveError, match="was written while it was compacted"):
+        compact(log.path, tmp_path / "run.zarr", remove_logs=True, progress=write)
+    assert left(tmp_path) == ["run.stream", "run.zarr"]
+
+
+def test_what_is_beside_a_log_goes_with_it_where_it_says_no_more(tmp_path: Path) -> None:
+    said: dict[str, Any] = {}
+    for name in ("same", "other"):
+        path = decoder_log(tmp_path / f"{name}.stream", run=name).path
+        with actstore.open_stream(path) as reader:
+            tokens = [token_dict(one) for one in reader.tokens]
+        assert len(tokens) > 2
+        said[name] = {"version": 1, "total_tokens": 1, "tokens": tokens}
+    said["other"]["tokens"][1]["token_text"] = "another"
+    for name, table in said.items():
+        (tmp_path / f"{name}.stream_tokens.json").write_text(json.dumps(table))
+        short = {**table, "tokens": table["tokens"][:2]}
+        (tmp_path / f"{name}.stream.ckpt.json").write_text(json.dumps(short))
+    logs = [tmp_path / f"{name}.stream" for name in said]
+    compact(logs, tmp_path / "run.zarr", remove_logs=True)
+    assert left(tmp_path) == ["other.stream.ckpt.json", "other.stream_tokens.json", "run.zarr"]
 
 
 # -- several logs -------------------------------------------------------------------------------

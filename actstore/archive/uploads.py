@@ -2,6 +2,7 @@
 
 Shards go up as they are written, then all else; the root's metadata is the last object, and makes
 it an archive. The journal is on this machine, in the folder that what waits for its upload is in.
+Nothing else is below the URL when it is claimed: so all that is there later is the claimant's.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -49,7 +49,7 @@ class Uploads(Journal):
     Raises
     ------
     ArchiveError
-        There is an archive, or another machine is making one.
+        There is an archive, or another machine is making one, or there are other objects.
     BucketError
         The bucket doesn't answer.
     """
@@ -71,6 +71,7 @@ class Uploads(Journal):
     @property
     def place(self) -> RemotePath:
         """Where what was made so far can be read: with what is here uploaded first."""
+        self._check_claim()
         inside = (path.relative_to(self.folder) for path in self.folder.rglob("*"))
         names = [one.as_posix() for one in sorted(inside) if (self.folder / one).is_file()]
         missing = [name for name in names if name != _ROOT and name not in self._sent]
@@ -83,14 +84,24 @@ class Uploads(Journal):
     def finish(self) -> None:
         """Upload what is here, the root's metadata last: then it is an archive."""
         bucket, place = self.target.bucket, self.place
+        self._check_claim()
         try:
             bucket.put(self._name(_ROOT), (self.folder / _ROOT).read_bytes(), new=True)
         except FileExistsError:
             msg = f"{place} is an archive by now, and is not overwritten; give another URL"
             raise ArchiveError(msg) from None
         bucket.delete(self._name(CLAIM))
-        shutil.rmtree(self.folder)
-        self.path.unlink()
+        self._forget()
+
+    def _check_claim(self) -> None:
+        """Refuse to go on where another may begin."""
+        if self._claimed_by() != self._owner:
+            msg = (
+                f"{self.target} is no longer this compaction's: actstore.discard was called "
+                "meanwhile; what was uploaded since is left there, and is no archive: give "
+                "another URL"
+            )
+            raise ArchiveError(msg)
 
     def _name(self, name: str) -> str:
         return (self.target / name).inside
@@ -102,8 +113,7 @@ class Uploads(Journal):
         if (self.target / _ROOT).exists():
             if self._claimed_by() == self._begun().get("owner", ""):  # killed at its very end
                 self.target.bucket.delete(self._name(CLAIM))
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.path.unlink()
+            self._forget()
             msg = f"{self.target} is an archive by now, and is not overwritten; give another URL"
             raise ArchiveError(msg)
 
@@ -121,7 +131,7 @@ class Uploads(Journal):
     def _resume(self) -> bool:
         self._owner = str(self._begun().get("owner", self._owner))
         self._there = {one.name: one.size for one in self.target.listed()}
-        if not super()._resume():
+        if CLAIM not in self._there or not super()._resume():
             return False
         self._claim()
         return True
@@ -135,10 +145,15 @@ class Uploads(Journal):
 
     def _begin(self) -> None:
         super()._begin()
+        ours = self._claimed_by() == self._owner
         self._claim()
-        for one in self.target.listed():  # of an earlier one, of something else
-            if one.name != CLAIM:
-                self.target.bucket.delete(self._name(one.name))
+        there = [one.name for one in self.target.listed() if one.name != CLAIM]
+        if there and not ours:
+            self.target.bucket.delete(self._name(CLAIM))
+            self._forget()
+            raise _taken(self.target, there)
+        for name in there:  # of an earlier compaction from here, of something else
+            self.target.bucket.delete(self._name(name))
 
     def _claim(self) -> None:
         """Keep others away, or find that others do."""
@@ -146,41 +161,51 @@ class Uploads(Journal):
         try:
             self.target.bucket.put(self._name(CLAIM), json.dumps(said).encode(), new=True)
         except FileExistsError:
-            if self._claimed_by() != self._owner:
-                said = json.loads((self.target / CLAIM).read_bytes(_JSON_LIMIT))
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.path.unlink()
+            other = self._claimed()
+            if other.get("owner") != self._owner:
+                self._forget()
                 msg = (
-                    f"{self.target} is being made since {said.get('created')} by another "
-                    f"compaction, on {said.get('host')}, or by one that was begun with another "
+                    f"{self.target} is being made since {other.get('created')} by another "
+                    f"compaction, on {other.get('host')}, or by one that was begun with another "
                     "spool folder: wait for it, or go on there; if it is gone for good, "
                     "actstore.discard(url) removes what it left"
                 )
                 raise ArchiveError(msg) from None
 
-    def _claimed_by(self) -> str | None:
+    def _claimed(self) -> Mapping[str, Any]:
+        """Give what the claim says; nothing where there is none, or it is none of ours."""
         try:
             said = json.loads((self.target / CLAIM).read_bytes(_JSON_LIMIT))
-        except FileNotFoundError:
-            return None
-        return str(said.get("owner")) if isinstance(said, dict) else None
+        except (FileNotFoundError, ValueError):
+            return {}
+        return said if isinstance(said, dict) else {}
+
+    def _claimed_by(self) -> str | None:
+        return self._claimed().get("owner")
 
     def _discard(self) -> None:
         """Remove all that was made; what can't be is the next one's to remove."""
         try:
-            if (self.target / _ROOT).exists():
-                self.target.bucket.delete(self._name(CLAIM))
-            else:
-                _remove(self.target)
+            if self._claimed_by() == self._owner:
+                if (self.target / _ROOT).exists():
+                    self.target.bucket.delete(self._name(CLAIM))
+                else:
+                    _remove(self.target)
         except BucketError as error:
             self._making = f"nothing, for {error}"
             self._begin_journal()
         else:
-            super()._discard()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Have nothing of it on this machine."""
+        super()._discard()
 
 
 def check_new(target: RemotePath, spool: Path | None = None) -> None:
-    """Refuse a URL that has an archive; tidy what a compaction left that was killed at its end.
+    """Refuse a URL that has an archive or, unless one is being made, anything at all.
+
+    What a compaction left that was killed at its end is tidied.
 
     Raises
     ------
@@ -192,8 +217,23 @@ def check_new(target: RemotePath, spool: Path | None = None) -> None:
         if left is not None and left.path.exists():
             with left:  # which finds the archive, and says so
                 pass
-        msg = f"{target} is an archive, and is not overwritten; give another URL, or remove it"
-        raise ArchiveError(msg)
+        raise _is_archive(target)
+    there = [one.name for one in target.listed()]
+    if there and CLAIM not in there:
+        raise _taken(target, there)
+
+
+def _is_archive(target: RemotePath) -> ArchiveError:
+    msg = f"{target} is an archive, and is not overwritten; give another URL, or remove it"
+    return ArchiveError(msg)
+
+
+def _taken(target: RemotePath, there: Sequence[str]) -> ArchiveError:
+    msg = (
+        f"an archive wants a URL below which there is nothing; below {target} there are "
+        f"{len(there)} objects, such as {there[0]}, which are not overwritten: give another URL"
+    )
+    return ArchiveError(msg)
 
 
 def discard(target: RemotePath) -> int:
@@ -204,7 +244,8 @@ def discard(target: RemotePath) -> int:
     ArchiveError
         It is a whole archive, or nothing of one.
     """
-    check_new(target)
+    if (target / _ROOT).exists():
+        raise _is_archive(target)
     if not (target / CLAIM).exists():
         msg = f"no compaction left anything at {target}: there is no {CLAIM}; nothing was removed"
         raise ArchiveError(msg)

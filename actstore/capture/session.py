@@ -448,9 +448,10 @@ class Capture:
         try:
             name = tokens_name(self._path)
             tracker.save(name)
-            tracker.close(clean=error is None)
-            if self._upload is not None and error is None:
-                self._upload.where.beside("_tokens.json").put(name.read_bytes())
+            far = self._upload
+            tracker.close(clean=error is None or far is not None)  # there, nothing is resumed
+            if far is not None:
+                far.where.beside("_tokens.json").put(name.read_bytes())
                 name.unlink()
         except (CaptureError, BucketError) as fault:
             if error is None:

@@ -17,14 +17,14 @@ from actstore.archive import shards, uploads
 from actstore.archive.shuffling import check_layout
 from actstore.buckets import RemotePath, remote
 from actstore.clusters import check_client
+from actstore.compaction import removing
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Wanted
-from actstore.compaction.executing import SENT_GB, check_workers
+from actstore.compaction.executing import SENT_BYTES, check_workers
 from actstore.compaction.logs import Pathlike, path_of, paths_of
 from actstore.compaction.recipe import OfLogs
 from actstore.compaction.writing import Progress, write_archive
 from actstore.errors import ConfigError
-from actstore.stream import segments
 
 __all__ = ["CompactionReport", "Pathlike", "Progress", "compact", "discard"]
 
@@ -127,8 +127,8 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         coordinate ``run`` has their number. Logs that say nothing of a mesh are runs each.
     out : path
         The archive, a folder that must not exist, or the URL of one in a bucket
-        (``s3://bucket/run.zarr``); by custom ``name.zarr``. It is uploaded shard by shard, and is
-        an archive with the last object, its root's metadata.
+        (``s3://bucket/run.zarr``), below which nothing may be; by custom ``name.zarr``. It is
+        uploaded shard by shard, and is an archive with the last object, its root's metadata.
     profile : {"balanced", "fast", "dense", "none"}
         Of the archive's chunks, always lossless: small at little cost; LZ4; the smallest, which
         takes about three times as long to encode, and no longer to read; raw.
@@ -177,7 +177,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         changes nothing; when there has been none for a minute, an `ArchiveError` says so, and
         the same call goes on.
     remove_logs : bool
-        Remove the logs when the archive is whole, verified and on the disk.
+        Remove the logs when the archive is whole, verified and on the disk, and the token tables
+        and checkpoints beside them that say no more than they do. Logs that are being written, or
+        are in a bucket and not whole, are refused.
     progress : callable, optional
         Called with the bytes that are done and those that there are.
     ranks : {"all", "common", "given"}
@@ -199,11 +201,13 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     Raises
     ------
     ConfigError
-        An argument can't be honoured; logs say different things of one layer; a rank is missing,
-        given twice, or disagrees with the others; or a single row needs more memory.
+        An argument can't be honoured; a log is to be removed that is being written; logs say
+        different things of one layer; a rank is missing, given twice, or disagrees with the
+        others; or a single row needs more memory.
     ArchiveError
-        ``out`` exists, can't be written, or what was written doesn't read back as the log has
-        it.
+        ``out`` exists, can't be written, was discarded meanwhile, or what was written doesn't
+        read back as the log has it. Or a log that was to be removed was written meanwhile: then
+        ``out`` is whole, and no log is removed.
     BucketError
         A bucket doesn't answer; what is uploaded is kept there, for the same call to go on.
     MissingFileError, FormatError, StreamCorruptError
@@ -223,21 +227,19 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     recipe = OfLogs(
         tuple(path.absolute() for path in paths), shapes, dtypes, precision, ranks, drawn
     )
-    sent = SENT_GB if isinstance(target, RemotePath) else 0.0
+    states = removing.states_of(recipe.paths) if remove_logs else {}
+    sent = SENT_BYTES if isinstance(target, RemotePath) else 0
     with recipe.made(tokenizer) as (content, mine):
-        executor = chosen(client, recipe, content, mine, workers, max_memory_gb - sent)
+        executor = chosen(client, recipe, content, mine, workers, max_memory_gb, sent)
         made = write_archive(content, mine, target, profile, executor, progress, waiting)
-    if remove_logs:
-        for path in paths:
-            if isinstance(path, RemotePath):
-                segments.remove(path.bucket)
-            else:
-                path.unlink()
+    removing.remove(states, target)
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)
 
 
 def discard(url: str, *, storage_options: Mapping[str, Any] | None = None) -> int:
-    """Remove what a compaction into a bucket left that will not go on.
+    """Remove what a compaction into a bucket left that will not go on: all below its URL.
+
+    Nothing else was there when it began; what was put there since goes, too.
 
     Parameters
     ----------

@@ -41,8 +41,11 @@ def chosen(
     jobs: Sequence[Job],
     workers: int,
     gigabytes: float,
+    beside: int = 0,
 ) -> Executor:
     """Give what writes the shards: threads of this process, or the workers of a cluster.
+
+    This process needs so many bytes ``beside`` its threads.
 
     Raises
     ------
@@ -50,7 +53,7 @@ def chosen(
         Not even one shard fits into memory; or a cluster is to write shuffled rows, or those of
         a log in a bucket.
     """
-    count = fitting(jobs, workers, gigabytes, content.shuffling_bytes(jobs))
+    count = fitting(jobs, workers, gigabytes, beside + content.shuffling_bytes(jobs))
     if client is None:
         threads = Threads(count)
         return threads if content.captured is None else Scattering(threads, count)

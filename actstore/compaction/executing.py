@@ -5,6 +5,7 @@ An executor gives each shard as it is written; what is finished is noted by who 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
@@ -19,7 +20,7 @@ from actstore.archive.jobs import Job, Written
 from actstore.errors import ArchiveError, ConfigError
 
 __all__ = [
-    "SENT_GB",
+    "SENT_BYTES",
     "Executor",
     "Sending",
     "Threads",
@@ -35,8 +36,8 @@ _BESIDE: Final = 64 << 20
 _AHEAD: Final = 2
 #: Shards that are uploaded at a time.
 _SENDERS: Final = 2
-#: GB of memory that these take.
-SENT_GB: Final = _SENDERS * SHARD_BYTES / 1e9
+#: Memory that these take.
+SENT_BYTES: Final = _SENDERS * SHARD_BYTES
 
 
 class Executor(Protocol):
@@ -136,9 +137,10 @@ def fitting(jobs: Sequence[Job], workers: int, gigabytes: float, beside: int = 0
     needed = max((job.memory for job in jobs), default=0)
     threads = (int(gigabytes * 1e9) - _BESIDE - beside) // needed if needed else workers
     if threads < 1:
+        least = math.ceil((needed + _BESIDE + beside) / 1e7) / 100  # rounded, it might not do
         msg = (
-            f"a shard of this archive needs {(needed + _BESIDE + beside) / 1e9:.2f} GB of memory; "
-            f"max_memory_gb is {gigabytes:.2f}: give that much"
+            f"a shard of this archive needs {least:.2f} GB of memory; max_memory_gb is "
+            f"{gigabytes:.4g}: give that much"
         )
         raise ConfigError(msg)
     return min(workers, threads)

@@ -25,6 +25,7 @@ __all__ = [
     "Segment",
     "SegmentedLog",
     "Unfiled",
+    "check_complete",
     "complete_of",
     "is_segmented",
     "log_file",
@@ -103,6 +104,25 @@ def complete_of(bucket: Bucket) -> Mapping[str, Any] | None:
     return found
 
 
+def check_complete(bucket: Bucket, said: Mapping[str, Any], segments: Sequence[Segment]) -> None:
+    """Refuse a log whose segments are others than ``complete.json`` tells of.
+
+    Raises
+    ------
+    FormatError
+        They are.
+    """
+    wanted = [(one["start"], one["bytes"]) for one in said["segments"]]
+    if wanted != list(segments):
+        there = sum(one.size for one in segments)
+        msg = (
+            f"{bucket.url} is damaged: {COMPLETE} tells of {len(wanted)} segments of "
+            f"{said['bytes']} bytes, there are {len(segments)} of {there}; where the log is still "
+            "somewhere, upload it to another URL"
+        )
+        raise FormatError(msg)
+
+
 def remove(bucket: Bucket) -> None:
     """Remove a log, from its end on."""
     bucket.delete(COMPLETE)
@@ -149,15 +169,8 @@ class SegmentedLog(Unfiled):
             msg = f"no log at {where}: give the URL that a log was uploaded to"
             raise MissingFileError(msg)
         said = complete_of(self._bucket)
-        found = [{"start": one.start, "bytes": one.size} for one in self._segments]
         if said is not None:
-            wanted = [{name: one[name] for name in ("start", "bytes")} for one in said["segments"]]
-            if wanted != found:
-                msg = (
-                    f"{where} is damaged: {COMPLETE} tells of {len(wanted)} segments of "
-                    f"{said['bytes']} bytes, there are {len(found)} of {self._segments[-1].end}"
-                )
-                raise FormatError(msg)
+            check_complete(self._bucket, said, self._segments)
         self.size = self._segments[-1].end
         self.whole = said is not None
         self._starts = np.array([one.start for one in self._segments], np.int64)
@@ -201,7 +214,11 @@ class SegmentedLog(Unfiled):
         place = int(np.searchsorted(self._starts, offset, side="right")) - 1
         segment = self._segments[place]
         wanted = min(length, segment.end - offset)
-        data = self._bucket.part(segment.name, offset - segment.start, wanted)
+        try:
+            data = self._bucket.part(segment.name, offset - segment.start, wanted)
+        except FileNotFoundError:
+            msg = f"{self._bucket.url}/{segment.name} is not there any more"
+            raise FormatError(msg) from None
         if len(data) != wanted:
             msg = f"{self.path}/{segment.name} ends before byte {offset + length} of the log"
             raise FormatError(msg)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from actstore.stream.segments import (
     COMPLETE,
     Segment,
     Unfiled,
+    check_complete,
     complete_of,
     described,
     segments_of,
@@ -111,14 +113,34 @@ class _Sender:
             raise ConfigError(msg) from None
         self.segments.append(segment)
 
+    def confirm(self, file: LogFile, sync: bytes, said: Mapping[str, Any] | None) -> None:
+        """Find that what uploads before this one sent is in the bucket as it is here.
+
+        Where its bytes were given back, that its records are intact. All as ``complete.json``
+        says, where there is one.
+        """
+        told = said["segments"] if said is not None else []
+        wanted = {one["start"]: one.get("crc32c") for one in told}
+        for one in self.segments:
+            if one.start not in self._crcs:
+                there = self.bucket.get(one.name)
+                if _is_here(file, one):
+                    same = there == file.read(one.start, one.size)
+                else:
+                    same = _Held(there).is_intact(sync, one.start)
+                crc = records.crc32c(there)
+                if not same or wanted.get(one.start, f"{crc:08x}") != f"{crc:08x}":
+                    msg = (
+                        f"{self.bucket.url}/{one.name} is damaged, or has other bytes than "
+                        f"{file.path}, which is kept: remove that object and those behind it, and "
+                        "the same call uploads them again"
+                    )
+                    raise StreamCorruptError(msg, path=self.bucket.url, offset=one.start)
+                self._crcs[one.start] = crc
+
     def complete(self) -> None:
-        """Say that the log is whole."""
-        crcs = [
-            self._crcs[one.start]
-            if one.start in self._crcs
-            else records.crc32c(self.bucket.get(one.name))  # of an upload before this one
-            for one in self.segments
-        ]
+        """Say that the log is whole, of which all is sent or confirmed."""
+        crcs = [self._crcs[one.start] for one in self.segments]
         try:
             said = described(self.segments, crcs, Path(self.bucket.url).name)
             self.bucket.put(COMPLETE, said, new=True)
@@ -175,6 +197,7 @@ class UploadedWriter(StreamWriter):
             raise ConfigError(msg)
         self._changed = threading.Condition()
         self._committed = self._given_back = 0
+        self._ends: deque[int] = deque()  # of the groups that aren't in the bucket yet
         self._finishing = self._closing = self._stopped = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="actstore-upload", daemon=True)
@@ -197,6 +220,7 @@ class UploadedWriter(StreamWriter):
         super().append(group, point)
         began = self._clock()
         with self._changed:
+            self._ends.append(self.offset)
             self._committed = self.offset
             self._changed.notify_all()
             while self._failure is None and self._is_full():
@@ -271,13 +295,16 @@ class UploadedWriter(StreamWriter):
         """Wait for what is to be a segment; give its end, None where nothing more comes."""
         with self._changed:
             sealed = self._sender.end
+            while self._ends and self._ends[0] <= sealed:
+                self._ends.popleft()
             began = self._clock()
             while not self._stopped:
-                waiting = self._committed - sealed
-                if waiting >= self._segment_bytes or (waiting and self._closing):
-                    return self._committed
+                full = (end for end in self._ends if end - sealed >= self._segment_bytes)
+                if (end := next(full, None)) is not None:
+                    return end
+                waiting = self._committed > sealed
                 if self._closing:
-                    return None
+                    return self._committed if waiting else None
                 left = SEGMENT_SECONDS - (self._clock() - began)
                 if left <= 0 and waiting:
                     return self._committed
@@ -347,7 +374,8 @@ def upload(
     follow : bool
         Go on while a capture is writing the log, until it is closed or its writer is gone.
     remove : bool
-        Remove the log here when all of it that was committed is in the bucket.
+        Remove the log here when all of it that was committed is in the bucket: what an earlier
+        call uploaded is read back, and compared.
     segment_bytes : int
         Bytes of a segment, about.
     storage_options : mapping, optional
@@ -365,9 +393,10 @@ def upload(
     MissingFileError
         There is no log at ``path``.
     FormatError
-        It is none, or not one of ours.
+        It is none, or not one of ours; or segments of it are lost that were there.
     StreamCorruptError
-        It is damaged; what stands before the damage is uploaded.
+        It is damaged, and what stands before the damage is uploaded; or what was uploaded before
+        is.
     BucketError
         The bucket doesn't answer.
     """
@@ -379,18 +408,26 @@ def upload(
     if not place.is_file() or not is_log(place):
         msg = f"{place} is no .stream log of actstore; only such are uploaded"
         raise FormatError(msg)
-    if remove and not follow and files.is_locked(place):
-        msg = f"{place} is being written: upload it with follow=True, or without remove=True"
-        raise ConfigError(msg)
+    if remove and not follow:
+        _check_idle(place)
     with closing(LogFile(place)) as file:
         work = _Upload(file, _Sender(place, where.bucket), segment_bytes)
         closed = work.run(complete_of(where.bucket), follow=follow)
         if work.damage is not None:
             raise work.damage
-    if remove:
-        place.unlink()
+        if remove:
+            work.confirm(complete_of(where.bucket))
+            _check_idle(place)
+            place.unlink()
     sender = work.sender
     return UploadReport(str(where), len(sender.segments), sender.end, work.sent, closed)
+
+
+def _check_idle(place: Path) -> None:
+    """Refuse to remove a log that is being written."""
+    if files.is_locked(place):
+        msg = f"{place} is being written: upload it with follow=True, or without remove=True"
+        raise ConfigError(msg)
 
 
 class _Upload:
@@ -410,6 +447,7 @@ class _Upload:
         if said is not None:
             if said["bytes"] != self._file.size:
                 raise self._other()
+            check_complete(self.sender.bucket, said, self.sender.segments)
             return True
         self._check_last()
         idle = 0.0
@@ -422,8 +460,13 @@ class _Upload:
             else:
                 time.sleep(_POLL_SECONDS)
                 idle += _POLL_SECONDS
+        self.confirm(None)
         self.sender.complete()
         return True
+
+    def confirm(self, said: Mapping[str, Any] | None) -> None:
+        """Find that the bucket has what is here; see `_Sender.confirm`."""
+        self.sender.confirm(self._file, self._sync, said)
 
     def _send(self) -> bool:
         """Upload what is committed; give whether the log was closed, and all of it is there."""
@@ -477,7 +520,7 @@ class _Upload:
         if not self.sender.segments:
             return
         last, file = self.sender.segments[-1], self._file
-        if os.lseek(file.descriptor, last.start, os.SEEK_HOLE) < last.end:
+        if not _is_here(file, last):
             return
         there = self.sender.bucket.get(last.name)
         if there != file.read(last.start, last.size):
@@ -492,6 +535,11 @@ class _Upload:
             "of it: give another URL"
         )
         return ConfigError(msg)
+
+
+def _is_here(file: LogFile, segment: Segment) -> bool:
+    """Whether a log's file still has the bytes of a segment: none of them was given back."""
+    return os.lseek(file.descriptor, segment.start, os.SEEK_HOLE) >= segment.end
 
 
 class _Held(Unfiled):

@@ -190,14 +190,20 @@ class _Server(ThreadingHTTPServer):
 @contextlib.contextmanager
 def way_to(port: int) -> Iterator[Way]:
     """Give a proxy in front of a server."""
-    server = _Server(("127.0.0.1", 0), _Handler)
-    way = Way(server.server_address[1], port)
-    handler = type("Handler", (_Handler,), {"way": way})
-    server.RequestHandlerClass = handler
+    handler = type("Handler", (_Handler,), {})
+    with _serving(handler) as mine:
+        handler.way = way = Way(mine, port)
+        yield way
+
+
+@contextlib.contextmanager
+def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
+    """Give the port of a server on loopback."""
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield way
+        yield server.server_address[1]
     finally:
         server.shutdown()
         server.server_close()
@@ -233,6 +239,47 @@ def _port(said: Path, server: subprocess.Popen[bytes]) -> int:
         assert server.poll() is None, said.read_text()
         time.sleep(0.1)
     raise AssertionError(said.read_text())
+
+
+class _Blobs(BaseHTTPRequestHandler):
+    """Answers as Azure does who reads blobs: the files of a folder, at ``/me/box/``."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+    def _give(self) -> None:
+        file = self.folder / self.path.removeprefix("/me/box/")
+        data = file.read_bytes() if file.is_file() else b""
+        size, asked = len(data), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.send_response((206 if asked else 200) if file.is_file() else 404)
+        if asked:
+            data = data[int(asked[1]) : int(asked[2]) + 1]
+            end = int(asked[1]) + len(data) - 1
+            self.send_header("Content-Range", f"bytes {asked[1]}-{end}/{size}")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", '"0"')
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    do_GET = do_HEAD = _give  # noqa: N815 - the base class's
+
+
+@contextlib.contextmanager
+def blobs_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """Give the storage options by which ``az://box/`` is a folder."""
+    handler = type("Handler", (_Blobs,), {"folder": folder})
+    with _serving(handler) as port:
+        yield {
+            "account_name": "me",
+            "endpoint": f"http://127.0.0.1:{port}/me",
+            "skip_signature": True,
+            "client_options": {"allow_http": True},
+        }
 
 
 def options(endpoint: str) -> dict[str, Any]:

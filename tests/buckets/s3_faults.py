@@ -6,6 +6,7 @@ Shared by the tests (a short form) and the acceptance script. ``python tests/buc
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from loopback import Request, Way, options, s3_server, way_to
 import actstore
 from actstore.archive import grid
 from actstore.buckets import remote
-from actstore.errors import BucketError
+from actstore.errors import ArchiveError, BucketError
 from actstore.stream import uploading
 
 __all__ = ["count_requests", "fault_runs"]
@@ -199,7 +200,7 @@ def compacted(run: _Run) -> None:
 def cut_off(run: _Run) -> None:
     """Compact; from some moment on nothing is answered; the same call goes on, later."""
     log = run.log()
-    url, left = f"{run.url}.zarr", run.rng.randrange(4, 60)
+    url, left = f"{run.url}.zarr", moment_of(run, log.path)
 
     def rule(request: Request) -> str | None:
         nonlocal left
@@ -207,28 +208,51 @@ def cut_off(run: _Run) -> None:
         return None if left > 0 else run.rng.choice(("503", "500", "reset"))
 
     run.way.rule = rule
-    try:
+    with contextlib.suppress(BucketError):
         actstore.compact(log.path, url, storage_options=run.said)
-    except BucketError:
-        run.way.clean()
-        assert not (remote(url, run.said) / "zarr.json").exists(), "it is half visible"
-        actstore.compact(log.path, url, storage_options=run.said)
-    run.check(url, log.path)
+    run.way.clean()
+    go_on(run, log.path, url)
 
 
 def killed_compaction(run: _Run) -> None:
     """Kill a compaction at some moment; the same call goes on."""
     log = run.log()
-    url = f"{run.url}.zarr"
+    url, left = f"{run.url}.zarr", moment_of(run, log.path)
     child = _child("compact", str(log.path), url, run.way.endpoint)
-    _until(lambda: len(run.way.seen) >= run.rng.randrange(1, 80) or child.poll() is not None)
-    child.send_signal(signal.SIGKILL)
+
+    def rule(_request: Request) -> str | None:
+        nonlocal left
+        left -= 1
+        if left > 0:
+            return None
+        child.send_signal(signal.SIGKILL)  # what it asked for last is done, or isn't
+        return run.rng.choice((None, "reset"))
+
+    run.way.rule = rule
     child.communicate()
     _until(lambda: not run.way.busy)
-    if not (remote(url, run.said) / "zarr.json").exists():
-        run.spoil()
-        actstore.compact(log.path, url, storage_options=run.said)
-    run.check(url, log.path)
+    go_on(run, log.path, url)
+
+
+def moment_of(run: _Run, log: Path) -> int:
+    """Draw one of the requests of a compaction, as often as not one of the last."""
+    with run.way.counted() as whole:
+        actstore.compact(log, f"{run.url}-whole.zarr", storage_options=run.said)
+    return run.rng.randrange(len(whole) - run.rng.choice((4, len(whole))), len(whole)) + 1
+
+
+def go_on(run: _Run, log: Path, url: str) -> None:
+    """Do the same call again: it goes on, or finds a whole archive; nothing else is left."""
+    whole = (remote(url, run.said) / "zarr.json").exists()
+    run.spoil()
+    try:
+        actstore.compact(log, url, storage_options=run.said)
+    except ArchiveError:
+        assert whole, "it doesn't go on"
+    else:
+        assert not whole, "it was made twice"
+    run.check(url, log)
+    assert [one.name for one in run.folder.iterdir()] == ["run.stream"], "something was left"
 
 
 def uploaded(run: _Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 import s3_faults
 import xarray as xr
-from loopback import Request, Way
+from loopback import Request, Way, blobs_of
 
 import actstore
-from actstore.archive import grid
+from actstore.archive import grid, uploads
 from actstore.buckets import Bucket, remote
 from actstore.compaction import writing
 from actstore.errors import ArchiveError, BucketError, ConfigError, MissingFileError
@@ -99,6 +100,23 @@ def test_parts_are_read_by_ranges_that_are_near_each_other_at_once(
         with way.counted() as seen:
             np.testing.assert_array_equal(far.resid[1, 5].values, wanted.resid[1, 5])
         assert len(seen) == 1, "an index is read once"
+
+
+def test_an_archive_in_azure_is_read_in_parts(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "CHUNK_BYTES", 128)
+    monkeypatch.setattr(grid, "SHARD_BYTES", 4096)
+    actstore.compact(log, tmp_path / "run.zarr")
+    with (
+        blobs_of(tmp_path) as said,
+        actstore.open_dataset("az://box/run.zarr", chunks=None, storage_options=said) as far,
+        actstore.open_dataset(log) as near,
+    ):
+        rows = far.resid[1, [3, 20, 21]].values
+        np.testing.assert_array_equal(rows, near.resid[1, [3, 20, 21]])
+        with pytest.raises(FileNotFoundError):
+            bucket_of("az://box/run.zarr", said).tail("none", 4)
 
 
 def test_an_archive_without_its_indices_in_the_root_opens(
@@ -217,6 +235,15 @@ def test_few_shards_wait_for_their_upload(
     assert 0 < most <= 4 + 2 + 1
 
 
+def test_the_least_memory_that_is_told_is_enough(log: Path, url: str) -> None:
+    url = f"memory://{url[5:]}"
+    with pytest.raises(ConfigError, match=r"max_memory_gb is 0\.19:") as refused:
+        actstore.compact(log, url, max_memory_gb=0.19)
+    told = re.search(r"needs (\d+\.\d\d) GB", str(refused.value))
+    assert told is not None
+    actstore.compact(log, url, max_memory_gb=float(told[1]))
+
+
 def test_an_archive_that_is_there_is_not_overwritten(log: Path, url: str, said: Options) -> None:
     actstore.compact(log, url, storage_options=said)
     before = objects_of(url, said)
@@ -254,6 +281,20 @@ def test_what_was_killed_at_its_very_end_is_tidied_by_the_next_call(
     assert actstore.verify(url, storage_options=said).ok
 
 
+def test_what_was_killed_behind_its_very_end_is_tidied_too(
+    log: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{url[5:]}"
+    with monkeypatch.context() as killed:
+        killed.setattr(uploads.Uploads, "_forget", lambda _self: None)
+        actstore.compact(log, url)
+    assert len(list(tmp_path.glob(".*"))) == 2
+    with pytest.raises(ArchiveError, match="is not overwritten"):
+        actstore.compact(log, url)
+    assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
+    assert actstore.verify(url).ok
+
+
 def test_two_machines_do_not_make_one_archive(
     log: Path, tmp_path: Path, url: str, said: Options, way: Way
 ) -> None:
@@ -266,6 +307,9 @@ def test_two_machines_do_not_make_one_archive(
     with pytest.raises(ArchiveError, match=r"by another compaction.*actstore\.discard"):
         actstore.compact(log, url, storage_options=said, spool=other)
     assert list(other.iterdir()) == []
+    bucket_of(url, said).put(".making.json", b"not what a compaction writes")
+    with pytest.raises(ArchiveError, match="by another compaction"):
+        actstore.compact(log, url, storage_options=said, spool=other)
     assert actstore.discard(url, storage_options=said) > 0
     assert objects_of(url, said) == {}
     with pytest.raises(ArchiveError, match="nothing was removed"):
@@ -274,6 +318,73 @@ def test_two_machines_do_not_make_one_archive(
     with pytest.raises(ArchiveError, match="is an archive"):
         actstore.discard(url, storage_options=said)
     assert actstore.verify(url, storage_options=said).ok
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_what_else_is_below_a_url_is_never_removed(
+    kind: str, log: Path, tmp_path: Path, url: str
+) -> None:
+    url = f"memory://{url[5:]}" if kind == "memory" else f"file://{tmp_path}/far"
+    actstore.compact(log, f"{url}/a.zarr")
+    bucket_of(url).put("notes.txt", b"mine")
+    before = objects_of(url)
+    data = bytearray(log.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged = tmp_path / "damaged.stream"
+    damaged.write_bytes(data)
+    for one in (log, damaged):
+        with pytest.raises(ArchiveError, match="URL below which there is nothing"):
+            actstore.compact(one, url)
+    assert objects_of(url) == before
+    actstore.upload(log, f"{url}/b.stream")
+    with pytest.raises(ArchiveError, match="URL below which there is nothing"):
+        actstore.compact(f"{url}/b.stream", f"{url}/b.stream", spool=tmp_path)
+    assert actstore.verify(f"{url}/b.stream").ok
+    assert not list(tmp_path.glob(".*")), "nothing of a compaction is left"
+
+
+def test_what_comes_between_the_look_and_the_claim_is_never_removed(
+    log: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{url[5:]}"
+    bucket_of(url).put("other/data.bin", b"theirs")
+    monkeypatch.setattr(uploads, "check_new", lambda *_given: None)
+    with pytest.raises(ArchiveError, match=r"such as other/data\.bin"):
+        actstore.compact(log, url)
+    assert objects_of(url) == {"other/data.bin": b"theirs"}
+    assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
+
+
+@pytest.mark.parametrize("looks", [0, 2])
+def test_a_compaction_that_was_discarded_touches_nothing_of_the_next_one(
+    looks: int,
+    log: Path,
+    tmp_path: Path,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = f"memory://{url[5:]}"
+    theirs = {".making.json": b'{"owner": "another"}', "other/c/0": b"theirs"}
+    look, looked, removed = uploads.Uploads._check_claim, [], []
+
+    def discard(*_given: object) -> None:
+        if len(looked) == looks and not removed:
+            removed.append(actstore.discard(url))
+            for name, data in theirs.items():
+                bucket_of(url).put(name, data)
+
+    def look_first(self: uploads.Uploads) -> None:
+        look(self)
+        looked.append(self)
+        discard()
+
+    monkeypatch.setattr(uploads.Uploads, "_check_claim", look_first)
+    with pytest.raises(ArchiveError, match="no longer this compaction's"):
+        actstore.compact(log, url, progress=discard)
+    found = objects_of(url)
+    assert {name: found.get(name) for name in theirs} == theirs
+    assert "zarr.json" not in found
+    assert [one.name for one in tmp_path.iterdir()] == ["run.stream"]
 
 
 def cut_off(way: Way, *, after: int) -> None:

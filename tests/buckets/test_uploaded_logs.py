@@ -17,6 +17,7 @@ import s3_faults
 import torch
 import xarray as xr
 from loopback import Way
+from obstore.store import MemoryStore
 from s3_faults import check_log, growing, write_passes
 
 import actstore
@@ -30,6 +31,7 @@ from actstore.errors import (
     MissingFileError,
     StreamCorruptError,
 )
+from actstore.stream import segments, uploading
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
 from logs import LogBuilder, decoder_log
@@ -163,6 +165,49 @@ def test_a_capture_into_a_bucket_is_not_resumed(framework: Any, url: str) -> Non
         pass
 
 
+@pytest.mark.parametrize("wrong", ["x", None, True, -1, 0, float("nan"), float("inf")])
+def test_a_spool_of_no_size_is_refused(
+    framework: Any, tmp_path: Path, url: str, wrong: object
+) -> None:
+    framework.spool_gb = wrong
+    with pytest.raises(ConfigError, match="spool_gb"), framework.capture_activations(url):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_are_not_tracked_into_a_store_that_nothing_can_be_beside(
+    framework: Any, tmp_path: Path
+) -> None:
+    store, framework.storage_options = MemoryStore(), None
+    with (
+        pytest.raises(ConfigError, match="beside which nothing can be put"),
+        framework.capture_activations(store, track_per_token=True),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with framework.capture_activations(store):
+        passes_of(framework, 2)
+    with actstore.open_stream(store) as reader:
+        assert reader.complete
+
+
+def test_a_capture_into_a_bucket_that_an_error_ends_leaves_nothing_in_the_spool(
+    framework: Any, tmp_path: Path, url: str, said: Options
+) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        framework.capture_activations(url, True, checkpoint_interval_tokens=1) as tracker,
+    ):
+        passes_of(framework, 2)
+        tracker.record_token(1, "a")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with actstore.open_stream(url, storage_options=said) as reader:
+        assert reader.complete
+    beside = json.loads(remote(url, said).beside("_tokens.json").read_bytes())  # type: ignore[union-attr]
+    assert [one["token_text"] for one in beside["tokens"]] == ["a"]
+
+
 # -- segments -----------------------------------------------------------------------------------
 
 
@@ -217,6 +262,19 @@ def test_what_is_uploaded_of_a_running_capture_is_a_log(
     assert actstore.verify(url, storage_options=said).ok
 
 
+def test_a_log_that_is_not_whole_in_its_bucket_is_not_removed(
+    tmp_path: Path, url: str, said: Options
+) -> None:
+    path = decoder_log(tmp_path / "run.stream", finish=False).path
+    actstore.upload(path, url, storage_options=said)
+    before = names_of(url, said)
+    with pytest.raises(ConfigError, match=r"is being written, for there is no complete\.json"):
+        actstore.compact(url, tmp_path / "a.zarr", remove_logs=True, storage_options=said)
+    assert names_of(url, said) == before
+    with pytest.raises(MissingFileError):
+        actstore.compact(f"{url}-2", tmp_path / "a.zarr", remove_logs=True, storage_options=said)
+
+
 def test_an_upload_follows_a_growing_log(tmp_path: Path, url: str, said: Options) -> None:
     log = LogBuilder(tmp_path / "run.stream")
     found: list[Any] = []
@@ -231,6 +289,26 @@ def test_an_upload_follows_a_growing_log(tmp_path: Path, url: str, said: Options
     thread.join()
     assert found[0].complete
     check_log(url, said, fired, complete=True)
+
+
+def test_segments_stay_small_behind_a_slow_bucket(
+    tmp_path: Path, url: str, said: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, send = threading.Event(), uploading._Sender.send
+
+    def send_late(self: uploading._Sender, descriptor: int, end: int) -> None:
+        written.wait()
+        send(self, descriptor, end)
+
+    monkeypatch.setattr(uploading._Sender, "send", send_late)
+    log = growing(tmp_path / "spool.stream", url, said, spool_bytes=1 << 24)
+    fired = write_passes(log, 60)
+    written.set()
+    log.close()
+    check_log(url, said, fired, complete=True)
+    sizes = [one.size for one in segments.segments_of(remote(url, said).bucket)]  # type: ignore[union-attr]
+    assert len(sizes) > 10
+    assert max(sizes) < 4096 + 4096, "a segment, and the group that reaches its bound"
 
 
 def test_an_upload_goes_on_where_one_ended(
@@ -305,6 +383,66 @@ def test_a_torn_tail_stays_here_and_damage_is_refused(
         actstore.upload(other, f"{url}-2", storage_options=said)
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_log_is_not_removed_for_one_that_lacks_a_segment(
+    number: int, tmp_path: Path, url: str, said: Options
+) -> None:
+    path = local_log(tmp_path / "run.stream")
+    actstore.upload(path, url, segment_bytes=4096, storage_options=said)
+    remote(url, said).bucket.delete(names_of(url, said)[number])  # type: ignore[union-attr]
+    for removes in (False, True):
+        with pytest.raises(FormatError, match=r"complete\.json tells of"):
+            actstore.upload(path, url, remove=removes, storage_options=said)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_log_is_not_removed_for_one_that_is_damaged(
+    told: bool, tmp_path: Path, url: str, said: Options
+) -> None:
+    path = local_log(tmp_path / "run.stream")
+    actstore.upload(path, url, segment_bytes=4096, storage_options=said)
+    bucket = remote(url, said).bucket  # type: ignore[union-attr]
+    second = names_of(url, said)[1]
+    data = bytearray(bucket.get(second))
+    data[100] ^= 1
+    bucket.put(second, bytes(data))
+    if not told:
+        bucket.delete("complete.json")
+    with pytest.raises(StreamCorruptError, match=rf"{second} is damaged"):
+        actstore.upload(path, url, remove=True, segment_bytes=4096, storage_options=said)
+    assert path.exists()
+    assert ("complete.json" in names_of(url, said)) == told
+    for name in names_of(url, said)[1:]:
+        bucket.delete(name)
+    report = actstore.upload(path, url, remove=True, segment_bytes=4096, storage_options=said)
+    assert report.complete
+    assert not path.exists()
+    assert actstore.verify(url, storage_options=said).ok
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_was_given_back_to_the_disk_is_checked_by_its_records(
+    damaged: bool, tmp_path: Path, url: str, said: Options
+) -> None:
+    log = growing(tmp_path / "spool.stream", url, said)
+    write_passes(log, 120)
+    log.close(finish=False)
+    bucket = remote(url, said).bucket  # type: ignore[union-attr]
+    far = [one for one in names_of(url, said) if int(one[:20]) > 70_000]  # not what is kept
+    assert log.path.stat().st_blocks * 512 < log.path.stat().st_size
+    if damaged:
+        data = bytearray(bucket.get(far[0]))
+        data[1000] ^= 1
+        bucket.put(far[0], bytes(data))
+        with pytest.raises(StreamCorruptError, match=rf"{far[0]} is damaged"):
+            actstore.upload(log.path, url, remove=True, storage_options=said)
+    else:
+        actstore.upload(log.path, url, remove=True, storage_options=said)
+        check_log(url, said, log.fired, complete=False)
+    assert log.path.exists() == damaged
+
+
 def test_another_log_or_none_is_refused(tmp_path: Path, url: str, said: Options) -> None:
     path = local_log(tmp_path / "run.stream")
     actstore.upload(path, url, storage_options=said)
@@ -321,6 +459,25 @@ def test_another_log_or_none_is_refused(tmp_path: Path, url: str, said: Options)
         actstore.open_stream(f"{url}-none", storage_options=said)
     with pytest.raises(ConfigError, match="without follow"):
         actstore.open_stream(url, follow=True, storage_options=said)
+
+
+def test_a_segment_that_goes_while_its_log_is_open_is_damage(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "_WINDOW", 1024)  # else all is read at once
+    url = f"memory://{url[5:]}"
+    path = local_log(tmp_path / "run.stream")
+    actstore.upload(path, url, segment_bytes=4096)
+    lost = names_of(url, {})[3]
+    with (
+        actstore.open_stream(url) as reader,
+        actstore.open_stream(url, "skip") as lenient,
+    ):
+        remote(url).bucket.delete(lost)  # type: ignore[union-attr]
+        with pytest.raises(StreamCorruptError, match=rf"{url}/{lost} is not there any more"):
+            list(reader.packets())
+        assert 0 < len(list(lenient.packets())) < 80
+        assert lenient.damage
 
 
 def test_a_lost_segment_is_damage_of_a_whole_log(tmp_path: Path, url: str, said: Options) -> None:
