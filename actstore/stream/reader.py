@@ -266,6 +266,11 @@ class StreamReader:
         """The passes, in order."""
         return tuple(self._pass_info(index) for index in sorted(self._passes))
 
+    def go_back(self, size: int) -> None:
+        """Take the log as it was when it had so many bytes: no more than it has now."""
+        self._file.size = size
+        self._open()
+
     def check(self) -> None:
         """Raise the damage that was found on opening, unless it is to be skipped."""
         if self._fault is not None and not self._skip:
