@@ -23,7 +23,7 @@ from actstore.errors import (
 from actstore.stream import records
 from actstore.stream.records import MAGIC, Commit, Entry, Frame, Header, Index, Opcode
 
-__all__ = ["Damage", "Group", "LogFile", "Scan", "scan", "walk"]
+__all__ = ["Damage", "Group", "LogFile", "Scan", "scan", "scan_on", "walk"]
 
 _SIGHT: Final = 4096  # bytes read at a record's place: its frame and, mostly, its header
 _STRIDE: Final = 1 << 20
@@ -52,12 +52,13 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The records of a group, and the COMMIT that makes them believed."""
+    """The records of a group, and the COMMIT that makes them believed, with its payload's CRC."""
 
     offset: int
     end: int
     commit: Commit
     entries: tuple[Entry, ...]
+    crc: int
 
 
 @dataclass(slots=True)
@@ -273,6 +274,35 @@ def scan(file: LogFile, *, lenient: bool = False) -> Scan:
         return found
 
 
+def scan_on(file: LogFile, found: Scan) -> bool:
+    """Take in what stands behind the last COMMIT by now, without going through what is before it.
+
+    Returns
+    -------
+    bool
+        False, where what was found is no longer there, or the log was closed: scan it anew.
+    """
+    if not found.groups:
+        return False
+    last = found.groups[-1]
+    held = next((one for one in reversed(found.groups) if one.entries), last)
+    if not (_is_there(file, found.sync, last) and _is_there(file, found.sync, held)):
+        return False
+    found.damage = [one for one in found.damage if one.offset < last.end]
+    _by_walking(file, found, last.end)
+    return not found.complete
+
+
+def _is_there(file: LogFile, sync: bytes, group: Group) -> bool:
+    """Whether a group still stands where it did."""
+    try:
+        entry, _ = file.entry(group.offset, sync)
+        same = entry.opcode == Opcode.COMMIT and Commit.decode(entry.header) == group.commit
+    except FormatError:
+        return False
+    return same and entry.payload_crc == group.crc
+
+
 def _from_header(file: LogFile) -> Scan:
     try:
         first, sync = file.entry(len(MAGIC), None)
@@ -369,7 +399,7 @@ def _read_group(file: LogFile, sync: bytes, offset: int, before: int) -> Group:
             msg = f"the directory at offset {offset} points outside of its group, or twice"
             raise FormatError(msg)
         place = one.end
-    return Group(offset, entry.end, commit, entries)
+    return Group(offset, entry.end, commit, entries, entry.payload_crc)
 
 
 def _by_walking(file: LogFile, found: Scan, offset: int) -> None:
@@ -379,8 +409,9 @@ def _by_walking(file: LogFile, found: Scan, offset: int) -> None:
         try:
             match entry.opcode:
                 case Opcode.COMMIT:
-                    commit = Commit.decode(entry.header)
-                    found.groups.append(Group(entry.offset, entry.end, commit, tuple(pending)))
+                    commit, records_ = Commit.decode(entry.header), tuple(pending)
+                    group = Group(entry.offset, entry.end, commit, records_, entry.payload_crc)
+                    found.groups.append(group)
                     pending = []
                     file.check(entry)
                 case Opcode.INDEX:
