@@ -21,6 +21,7 @@ __all__ = [
     "appearing",
     "atomic_write",
     "check_new",
+    "closed",
     "exchange",
     "existing",
     "free_name",
@@ -195,6 +196,11 @@ def existing(path: str | os.PathLike[str], asked: str) -> Path:
         msg = f"nothing at {place}: give the path of a .stream log or of an archive"
         raise MissingFileError(msg)
     return place
+
+
+def closed(path: Path) -> ConfigError:
+    """Give the error of reading a file after whoever opened it has closed it."""
+    return ConfigError(f"{path} was closed; read it inside the with, or open it again")
 
 
 def is_locked(path: Path) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from actstore import codecs
+from actstore import codecs, files
 from actstore.errors import (
     FormatError,
     MissingFileError,
@@ -125,12 +125,20 @@ class LogFile:
 
     @property
     def descriptor(self) -> int:
-        """The open file's."""
+        """The open file's.
+
+        Raises
+        ------
+        ConfigError
+            It was closed.
+        """
+        if self._descriptor < 0:
+            raise files.closed(self.path)
         return self._descriptor
 
     def grow(self) -> bool:
         """Take in what was appended since; tell whether anything was."""
-        before, self.size = self.size, os.fstat(self._descriptor).st_size
+        before, self.size = self.size, os.fstat(self.descriptor).st_size
         return self.size > before
 
     def close(self) -> None:
@@ -221,11 +229,11 @@ class LogFile:
 
     def _some(self, length: int, offset: int) -> bytes:
         """Read bytes at an offset, perhaps fewer."""
-        return os.pread(self._descriptor, length, offset)
+        return os.pread(self.descriptor, length, offset)
 
     def _into(self, buffer: memoryview, offset: int) -> int:
         """Read bytes at an offset into memory; give how many."""
-        return os.preadv(self._descriptor, [buffer], offset)
+        return os.preadv(self.descriptor, [buffer], offset)
 
     def corrupt(self, offset: int, reason: str) -> StreamCorruptError:
         """Make the error of damage at an offset of this file."""
