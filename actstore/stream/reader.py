@@ -94,7 +94,7 @@ def open_stream(
     ------
     ConfigError
         ``shapes`` or ``dtypes`` don't fit the log, or are given for one that has its own; a log
-        of ``llm-instrumentation`` is to be followed.
+        of ``llm-instrumentation`` is to be followed; ``path`` is no path, or may not be read.
     MissingFileError
         There is no such file.
     FormatError
@@ -107,12 +107,13 @@ def open_stream(
     from actstore.stream.legacy import LegacyReader, is_legacy  # which is a StreamReader
 
     far = remote(path, storage_options)
-    if far is None and is_legacy(Path(path)):
+    place = files.path_of(path) if far is None else far
+    if isinstance(place, Path) and is_legacy(place):
         if follow:
             msg = f"{path} is a log of llm-instrumentation, which can't be followed"
             raise ConfigError(msg)
-        return LegacyReader(Path(path), errors, shapes=shapes, dtypes=dtypes)
-    reader = StreamReader(far or path, errors, follow=follow)
+        return LegacyReader(place, errors, shapes=shapes, dtypes=dtypes)
+    reader = StreamReader(place, errors, follow=follow)
     if shapes is not None or dtypes is not None:
         reader.close()
         msg = f"{path} says itself what shapes and dtypes its packets have; don't give any"

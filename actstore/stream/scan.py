@@ -110,9 +110,11 @@ class LogFile:
         self._vain = 0  # bytes of headers that were checked, and weren't intact
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             msg = f"no log at {path}: give the path of a .stream file"
             raise MissingFileError(msg) from error
+        except PermissionError as error:
+            raise files.unreadable(path, error) from error
         found = os.fstat(self._descriptor)
         if stat.S_ISDIR(found.st_mode):
             self.close()
