@@ -292,7 +292,7 @@ def path_of(
         msg = f"{wanted}; got {given!r}"
         raise ConfigError(msg) from None
     if "\0" in str(place):
-        msg = f"{wanted}, without NUL; got {given!r}"
+        msg = f"{wanted}, without null characters; got {given!r}"
         raise ConfigError(msg)
     return place
 
