@@ -151,7 +151,7 @@ class ActstoreAccessor:
         Raises
         ------
         ConfigError
-            There are no such rows, or they are of several logs.
+            There are no such rows, or they are of several logs, or are mixed with others.
         """
         axis = self._axis(dim)
         chosen = axis.matching("pass_index", pass_index) & axis.matching("batch_item", item)
@@ -168,6 +168,14 @@ class ActstoreAccessor:
             msg = (
                 f"there are no rows of pass {pass_index!r}, batch item {item!r} on {axis.dim!r}, "
                 f"which has {found}; actstore.table() has the pass_index and batch_item of each"
+            )
+            raise ConfigError(msg)
+        if not axis.stand_together(rows):
+            msg = (
+                f"other rows stand between those of pass {pass_index!r}, batch item {item!r} on "
+                f"{axis.dim!r}: datasets of several logs were put together, of which each counts "
+                "its passes by itself, or the rows into another order; "
+                "actstore.compact([log, log]) makes a dataset whose label 'run' tells them apart"
             )
             raise ConfigError(msg)
         return axis.take(rows)
@@ -502,6 +510,13 @@ class TokenAxis:
         """Give the rows that are chosen, in the order that they were captured in."""
         rows = np.flatnonzero(chosen)
         return rows[np.argsort(self.source[rows], kind="stable")] if SOURCE_ROW in self else rows
+
+    def stand_together(self, rows: NDArray[np.int64]) -> bool:
+        """Whether rows, as they were captured, are all from the first to the last, each once."""
+        source = self.source
+        mine = source[rows]
+        between = (source >= mine[0]) & (source <= mine[-1])
+        return bool(np.count_nonzero(between) == rows.size and np.all(np.diff(mine) > 0))
 
     def check_runs(self, labels: Iterable[str]) -> None:
         """Refuse labels that each of several logs counts by itself, unless ``run`` is with them.

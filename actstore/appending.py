@@ -209,6 +209,7 @@ def _together(old: _Old, new: Content, reader: Reader) -> tuple[Content, list[Jo
         (*old.attributes["runs"], *new.runs),
         (*old.attributes["provenance"]["logs"], *new.logs),
         summary.merge([old.attributes["analysis"], new.analysis]),
+        times=new.times,
     )
     return content, jobs
 

@@ -148,10 +148,14 @@ class Bucket:
         return _again, (self.url, tuple(sorted(self._options.items())))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Bucket) and self.url == other.url
+        return isinstance(other, Bucket) and self._reached() == other._reached()
 
     def __hash__(self) -> int:
         return hash(self.url)
+
+    def _reached(self) -> tuple[Any, ...]:
+        """Give what tells a bucket from others: of one URL there is one behind each endpoint."""
+        return self.url, self._options, self._store
 
     def another(self, url: str) -> Bucket:
         """Give what lies below another URL, reached in the same way."""

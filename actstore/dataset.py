@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -432,7 +432,7 @@ class _Rows(_Layers):
         self._readers: dict[int, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rows_again, (self._reader.path.absolute(), self._variable.name)
+        return _rows_again, (_opened_as(self._reader), self._variable.name)
 
     def layer(self, place: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         variable = self._variable
@@ -453,7 +453,7 @@ class _Elements(BackendArray):
         self.shape = (ragged.size,)
         self.dtype = ragged.source.array
         self._elements = element_reader(reader, ragged)
-        self._where = reader.path.absolute(), ragged.values_name
+        self._where = _opened_as(reader), ragged.values_name
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _elements_again, self._where
@@ -470,27 +470,50 @@ class _Elements(BackendArray):
         return found[0] if isinstance(key[0], int | np.integer) else found
 
 
-def _reopened(path: Path | RemotePath) -> tuple[StreamReader, layout.Plan]:
+class _Opened(NamedTuple):
+    """A log as it was when a dataset of it was opened: whose it is, and how far it went."""
+
+    path: Path | RemotePath
+    run_id: str
+    size: int
+
+
+def _opened_as(reader: StreamReader) -> _Opened:
+    return _Opened(reader.path.absolute(), str(reader.header.get("run_id", "")), reader.file_bytes)
+
+
+def _reopened(log: _Opened) -> tuple[StreamReader, layout.Plan]:
     """Open a log in another process; its arrays share the reader."""
-    if isinstance(path, RemotePath):  # many objects: what tells them apart is not asked for
-        return _planned(path, 0, 0)
-    said = path.stat()
-    return _planned(path, said.st_size, said.st_mtime_ns)
+    if isinstance(log.path, RemotePath):  # many objects: what they hold is told by the log alone
+        return _planned(log, 0, 0)
+    said = log.path.stat()
+    return _planned(log, said.st_size, said.st_mtime_ns)
 
 
 @lru_cache(maxsize=8)
-def _planned(path: Path | RemotePath, _size: int, _mtime: int) -> tuple[StreamReader, layout.Plan]:
-    reader = open_stream(path)
+def _planned(log: _Opened, _size: int, _mtime: int) -> tuple[StreamReader, layout.Plan]:
+    reader = open_stream(log.path)
+    found = _opened_as(reader)
+    if found.run_id != log.run_id or found.size < log.size:
+        reader.close()
+        msg = (
+            f"{log.path} is not the log that the dataset was opened of: wanted run {log.run_id!r} "
+            f"with at least {log.size} bytes, found {found.run_id!r} with {found.size}; open the "
+            "dataset again"
+        )
+        raise FormatError(msg)
+    if found.size > log.size:
+        reader.go_back(log.size)
     return reader, plan_log(reader)
 
 
-def _rows_again(path: Path | RemotePath, name: str) -> _Rows:
-    reader, plan = _reopened(path)
+def _rows_again(log: _Opened, name: str) -> _Rows:
+    reader, plan = _reopened(log)
     return _Rows(reader, next(one for one in plan.variables if one.name == name))
 
 
-def _elements_again(path: Path | RemotePath, name: str) -> _Elements:
-    reader, plan = _reopened(path)
+def _elements_again(log: _Opened, name: str) -> _Elements:
+    reader, plan = _reopened(log)
     return _Elements(reader, next(one for one in plan.ragged if one.values_name == name))
 
 

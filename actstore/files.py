@@ -21,6 +21,7 @@ __all__ = [
     "appearing",
     "atomic_write",
     "check_new",
+    "closed",
     "exchange",
     "existing",
     "free_name",
@@ -33,6 +34,7 @@ __all__ = [
     "replace",
     "sha256",
     "take",
+    "unreadable",
     "write_new",
 ]
 
@@ -182,19 +184,29 @@ def existing(path: str | os.PathLike[str], asked: str) -> Path:
     Raises
     ------
     ConfigError
-        It is no path.
+        It is no path, or may not be read.
     MissingFileError
         There is nothing.
     """
+    place = path_of(path, f"{asked} wants the path of a log or an archive")
     try:
-        place = Path(path)
-    except TypeError:
-        msg = f"{asked} wants the path of a log or an archive; got {path!r}"
-        raise ConfigError(msg) from None
-    if not place.exists():
+        os.close(os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    except (FileNotFoundError, NotADirectoryError):
         msg = f"nothing at {place}: give the path of a .stream log or of an archive"
-        raise MissingFileError(msg)
+        raise MissingFileError(msg) from None
+    except OSError as error:
+        raise unreadable(place, error) from error
     return place
+
+
+def unreadable(path: Path, error: OSError) -> ConfigError:
+    """Give the error of a file that is there, and can't be opened."""
+    return ConfigError(f"{path} can't be read: {error}; mend that, or give another path")
+
+
+def closed(path: Path) -> ConfigError:
+    """Give the error of reading a file after whoever opened it has closed it."""
+    return ConfigError(f"{path} was closed; read it inside the with, or open it again")
 
 
 def is_locked(path: Path) -> bool:
@@ -270,13 +282,19 @@ def check_new(target: Path, taken: type[ActstoreError] = ArchiveError) -> None:
         raise ConfigError(msg)
 
 
-def path_of(given: str | os.PathLike[str]) -> Path:
-    """Give a path; raise a `ConfigError` where something else is given."""
+def path_of(
+    given: str | os.PathLike[str], wanted: str = "a path must be a str or a path object"
+) -> Path:
+    """Give a path; raise a `ConfigError` where something else is given, or what none can be."""
     try:
-        return Path(given)
+        place = Path(given)
     except TypeError:
-        msg = f"a path must be a str or a path object; got {given!r}"
+        msg = f"{wanted}; got {given!r}"
         raise ConfigError(msg) from None
+    if "\0" in str(place):
+        msg = f"{wanted}, without null characters; got {given!r}"
+        raise ConfigError(msg)
+    return place
 
 
 def sha256(path: Path) -> str:

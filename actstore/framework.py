@@ -310,7 +310,7 @@ class InstrumentationFramework:
         StreamCorruptError
             It is a damaged log.
         """
-        place = remote(data_path) or files.path_of(data_path)
+        place = remote(data_path) or files.existing(data_path, "analyze_activations")
         if place.is_dir() or (isinstance(place, RemotePath) and (place / "zarr.json").exists()):
             from actstore.archive.store import read_attributes
 

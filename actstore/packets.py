@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from actstore import files
 from actstore.dtypes import from_code
 from actstore.stream import summary
 from actstore.stream.reader import StreamReader, open_stream
@@ -54,10 +54,10 @@ def packet_table(
 
     Raises
     ------
-    MissingFileError, FormatError, StreamCorruptError
+    ConfigError, MissingFileError, FormatError, StreamCorruptError
         As for `open_stream`.
     """
-    with open_stream(Path(path), shapes=shapes, dtypes=dtypes) as reader:
+    with open_stream(files.path_of(path), shapes=shapes, dtypes=dtypes) as reader:
         reader.check()
         table = _places(reader)
         if values:

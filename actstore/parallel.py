@@ -36,7 +36,9 @@ class Parallel:
         has the whole. It goes before what is found by itself, and its first match counts.
     run_id : str, optional
         What all processes of the run, and no others, call it by. By default the first process
-        that begins a capture draws one, and tells the others through ``torch.distributed``.
+        that begins a capture draws one, and tells the others through ``torch.distributed``: the
+        n-th capture of each is then of one run, so that all have to capture equally often. Give
+        one where some capture more, as for a warm-up.
     first_block : int
         Of a pipeline's stage the index that its first block has in the whole model: names and
         blocks count from it.

@@ -216,6 +216,26 @@ def test_passes_and_steps_of_several_logs_are_told_apart(tmp_path: Path) -> None
             rows.sequence(1, run=2)
 
 
+@pytest.mark.parametrize("layout", ["captured", "shuffled"])
+def test_a_sequence_of_datasets_that_were_put_together_is_refused(
+    tmp_path: Path, layout: str
+) -> None:
+    found = []
+    for number in range(2):
+        log = decoder_log(tmp_path / f"{number}.stream", run=str(number)).path
+        archive = actstore.compact(log, tmp_path / f"{number}.zarr", layout=layout).path
+        found.append(actstore.open_dataset(archive)[["resid"]])
+    both = xr.concat(found, "token", data_vars="minimal", coords="minimal", compat="override")
+    with pytest.raises(ConfigError, match=r"other rows stand between.*compact\(\["):
+        both.actstore.sequence(0, 1)
+    xr.testing.assert_equal(
+        both.isel(token=slice(found[0].sizes["token"])).actstore.sequence(0, 1).compute(),
+        found[0].actstore.sequence(0, 1).compute(),
+    )
+    for one in found:
+        one.close()
+
+
 def test_a_sequence_is_all_rows_of_one_item_of_one_pass(
     dataset: xr.Dataset, whole: xr.Dataset
 ) -> None:

@@ -112,6 +112,29 @@ def assert_same(one: xr.Dataset, other: xr.Dataset) -> None:
             assert variable.values.tobytes() == other.variables[name].values.tobytes(), name
 
 
+@pytest.mark.parametrize("chunks", ["auto", None])
+def test_what_was_closed_is_read_as_before_or_says_so(place: Path, chunks: Any) -> None:
+    with actstore.open_dataset(place, chunks) as dataset:
+        wanted = dataset.mlp.values
+    with actstore.open_dataset(place, chunks) as dataset:
+        found = dataset.mlp, dataset.flags
+    if place.suffix in (".stream", ".h5"):
+        for one in found:
+            with pytest.raises(ConfigError, match="was closed; read it inside the with"):
+                _ = one.values
+    else:
+        np.testing.assert_array_equal(found[0].values, wanted)
+
+
+def test_a_reader_that_was_closed_says_so(log: LogBuilder) -> None:
+    with actstore.open_stream(log.path) as reader:
+        packets = reader.packets()
+        next(packets)
+    for ask in (lambda: next(packets), lambda: reader.values(0), lambda: reader.passes):
+        with pytest.raises(ConfigError, match="was closed"):
+            ask()
+
+
 # -- the same dataset ---------------------------------------------------------------------------
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import actstore
 from actstore import files
+from actstore.errors import ActstoreError, ConfigError, MissingFileError
+
+sys.path.insert(0, str(Path(__file__).parent / "archive"))
+from logs import decoder_log
 
 OLD, NEW = b"old" * 5, b"new" * 100_000
 
@@ -301,3 +310,74 @@ def test_a_lock_file_that_its_holder_removed_is_not_the_lock(tmp_path: Path) -> 
         files.take(path)
     os.close(late)
     os.close(second)
+
+
+# -- what is given as a path ----------------------------------------------------------------------
+
+
+def analyze(path: Any) -> object:
+    config = actstore.InstrumentationConfig(actstore.HookGranularity.FULL_TENSOR)
+    return actstore.InstrumentationFramework(config).analyze_activations(path)
+
+
+@pytest.fixture
+def torn(tmp_path: Path) -> Path:
+    return decoder_log(tmp_path / "torn.stream", steps=1, finish=False).path
+
+
+READERS = {
+    "open_stream": actstore.open_stream,
+    "recover": actstore.recover,
+    "packet_table": actstore.packet_table,
+    "analyze_activations": analyze,
+    "open_dataset": actstore.open_dataset,
+    "verify": actstore.verify,
+    "append": lambda path: actstore.append(path, path),
+    "compact": lambda path: actstore.compact(path, "never.zarr"),
+}
+by_reader = pytest.mark.parametrize("ask", READERS.values(), ids=READERS)
+
+
+@by_reader
+@pytest.mark.parametrize("given", [None, 3, b"a.stream", "a\0.stream"])
+def test_what_is_no_path_is_refused(ask: Callable[[Any], object], given: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(repr(given))):
+        ask(given)
+
+
+@by_reader
+def test_what_is_no_file_is_missing(
+    ask: Callable[[Any], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    for path in ("none", "file/below"):
+        with pytest.raises(MissingFileError, match=path):
+            ask(path)
+
+
+@by_reader
+def test_what_may_not_be_read_is_told(
+    ask: Callable[[Any], object], torn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(torn.parent)
+    with contextlib.suppress(ActstoreError):
+        ask(torn)  # imports what it needs while that may be read
+    shutil.rmtree("never.zarr", ignore_errors=True)
+    torn.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ConfigError, match=r"can't be read: .*Permission denied"):
+            ask(torn)
+    finally:
+        os.seteuid(user)
+
+
+def test_recovering_into_no_folder_is_refused(torn: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        actstore.recover(torn, torn.parent / "none" / "whole.stream")
+    with pytest.raises(ConfigError, match="must be a str or a path"):
+        actstore.recover(torn, 3)  # type: ignore[arg-type]
+    assert [one.name for one in torn.parent.iterdir()] == [torn.name]

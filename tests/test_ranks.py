@@ -274,7 +274,6 @@ def test_unequal_progress_is_named_and_what_all_have_is_kept(
 
 
 def test_a_pass_that_a_killed_rank_did_not_end_is_no_common_one(tmp_path: Path) -> None:
-    logs = logs_of(tmp_path, (1, 1, 2), tokens=False)
     cut_off = LogBuilder(
         tmp_path / "killed.stream", run="k", parallel=Parallel(tensor=(1, 2), run_id="r")
     )
@@ -298,7 +297,46 @@ def test_a_pass_that_a_killed_rank_did_not_end_is_no_common_one(tmp_path: Path) 
     refused(given_logs, "fired in pass 1 (call 0), but not in", "killed.stream")
     with opened(given_logs, None, None, "common") as reader:
         assert len(reader.passes) == 1
-    assert len(logs) == 2
+
+
+def one_of(folder: Path, tensor: int, fired: Sequence[int], topic: str = "x", **mesh: Any) -> Path:
+    """Write a log of three passes, of which a layer that all have whole fired in some."""
+    parallel = Parallel(tensor=(tensor, 2), run_id="r", **mesh)
+    name = f"{parallel.pipeline[0]}{tensor}"
+    log = LogBuilder(folder / f"{name}.stream", run=name, parallel=parallel)
+    log.layer("h")
+    for number in range(3):
+        log.begin(axis(1, 2), aborted=number not in fired, annotations={"topic": [topic]})
+        if number in fired:
+            log.put("h", np.full((1, 2, 4), number, np.float32))
+    return log.close()
+
+
+@pytest.mark.parametrize(("more", "fewer"), [((0, 1, 2), (0, 1)), ((0, 1, 2), (1, 2))])
+def test_a_rank_that_lacks_packets_of_a_layer_that_all_have_whole_is_named(
+    tmp_path: Path, more: Sequence[int], fewer: Sequence[int]
+) -> None:
+    lacking = next(iter({*more} - {*fewer}))
+    logs = [one_of(tmp_path, 0, fewer), one_of(tmp_path, 1, more)]
+    for given_logs in (logs, logs[::-1]):
+        refused(given_logs, f"'h' fired in pass {lacking} (call 0), but not in", "00.stream")
+    with opened(logs, None, None, "given") as reader:
+        kept = [one for one in fewer if one < len(reader.passes)]
+        assert reader.table.pass_index.tolist() == kept
+
+
+def test_a_stage_that_lacks_packets_of_a_layer_that_all_have_is_named(tmp_path: Path) -> None:
+    logs = [
+        one_of(tmp_path, tensor, (0, 1) if (stage, tensor) == (1, 1) else (0, 1, 2),
+               pipeline=(stage, 2))
+        for stage in range(2) for tensor in range(2)
+    ]  # fmt: skip
+    refused(logs, "'h' fired in pass 2 (call 0), but not in", "11.stream")
+
+
+def test_annotations_that_disagree_are_refused(tmp_path: Path) -> None:
+    logs = [one_of(tmp_path, place, (0, 1, 2), topic) for place, topic in enumerate("xy")]
+    refused(logs, "pass 0 of", "annotated with other 'topic'", "00.stream", "01.stream")
 
 
 def test_passes_that_disagree_are_refused(tmp_path: Path, mesh: list[Path]) -> None:
@@ -364,6 +402,53 @@ def test_what_differs_without_a_word_is_kept_apart_and_told(tmp_path: Path) -> N
         assert len(names) == 2
         for name, values in zip(names, (a, b), strict=True):
             assert dataset[name].values.tobytes() == values[0].tobytes()
+
+
+@pytest.mark.parametrize("shards", [(None, None), (Shard(-1), Shard(-1))])
+def test_what_differs_between_stages_and_tensor_ranks_is_kept_apart_and_whole(
+    tmp_path: Path, shards: Sequence[Shard | None]
+) -> None:
+    logs, wanted = [], []
+    for stage, tensor in np.ndindex(2, 2):
+        parallel = Parallel(pipeline=(stage, 2), tensor=(tensor, 2), run_id="r")
+        path = tmp_path / f"{stage}{tensor}.stream"
+        log = LogBuilder(path, run=path.stem, parallel=parallel)
+        log.layer("act", shard=shards[tensor])
+        log.begin(axis(1, 3))
+        wanted.append(random_values((1, 3, 4), seed=2 * stage + tensor))
+        log.put("act", wanted[-1])
+        logs.append(log.close())
+    names = [f"act@tensor{tensor}@pipeline{stage}" for stage in range(2) for tensor in range(2)]
+    if shards[0] is not None:
+        names = ["act@pipeline0", "act@pipeline1"]
+        wanted = [np.concatenate(wanted[:2], -1), np.concatenate(wanted[2:], -1)]
+    with (
+        pytest.warns(ActstoreWarning, match=f"as layers .*'{names[-1]}'"),
+        opened(logs, None, None) as reader,
+    ):
+        assert sorted(reader.layers) == sorted(names)
+        for name, values in zip(names, wanted, strict=True):
+            (row,) = np.flatnonzero(reader.table.layer == reader.layers[name].id).tolist()
+            assert reader.piece(row, 0, values.nbytes).tobytes() == values.tobytes()
+    with pytest.warns(ActstoreWarning, match="kept apart"):
+        found = actstore.compact(logs, tmp_path / "found.zarr").path
+    with xr.open_zarr(found, chunks=None) as dataset:
+        held = sorted(dataset[name].values.tobytes() for name in dataset.data_vars)
+        assert held == sorted(one.tobytes() for one in wanted)
+
+
+def test_a_layer_that_has_the_name_of_one_kept_apart_is_refused(tmp_path: Path) -> None:
+    paths = []
+    for place in range(2):
+        parallel = Parallel(tensor=(place, 2), run_id="r")
+        log = LogBuilder(tmp_path / f"{place}.stream", run=str(place), parallel=parallel)
+        log.begin(axis(1, 3))
+        for name in ("act", "act@tensor1"):
+            log.layer(name)
+            log.put(name, random_values((1, 3, 4), seed=place if name == "act" else 7))
+        paths.append(log.close())
+    with pytest.warns(ActstoreWarning, match="kept apart"):
+        refused(paths, "layer 'act' of", "layer 'act@tensor1' of", "would both be named")
 
 
 def test_partial_sums_are_kept_apart(tmp_path: Path) -> None:

@@ -152,6 +152,12 @@ def test_an_order_is_a_permutation_that_a_seed_gives_again(rows: int, seed: int)
             shuffling.Shuffle(seed, {"token": broken}).check({"token": rows})
 
 
+@pytest.mark.parametrize("order", [[0, 1 << 45], [0, -1], [0.0, 1.0], [[0, 1]], [0, 1, 2]])
+def test_what_is_no_order_of_the_rows_is_refused_before_memory_is_taken(order: list[Any]) -> None:
+    with pytest.raises(ArchiveError, match="no permutation of the 2 rows"):
+        shuffling.Shuffle(0, {"token": np.array(order)}).check({"token": 2})
+
+
 def test_the_order_of_a_seed_never_changes() -> None:
     found = shuffling.Shuffle.drawn({"encoder_token": 8, "decoder_token": 8}, 3).orders
     assert {dim: one.tolist() for dim, one in found.items()} == {
@@ -181,10 +187,12 @@ def test_verify_finds_an_order_that_is_none(tmp_path: Path) -> None:
     out = tmp_path / "a.zarr"
     actstore.compact(log, out, layout="shuffled")
     order = store.read_part(out, SOURCE, (slice(None),))
-    order[0] = order[1]
-    store.write_part(out, SOURCE, (slice(None),), order)
-    (damage,) = [one for one in actstore.verify(out, against=log).damage if one.where == SOURCE]
-    assert "no permutation" in damage.reason
+    for wrong in (order[1], 1 << 45):
+        order[0] = wrong
+        store.write_part(out, SOURCE, (slice(None),), order)
+        found = actstore.verify(out, against=log).damage
+        (damage,) = [one for one in found if one.where == SOURCE]
+        assert "no permutation" in damage.reason
     order = store.read_part(out, SOURCE, (slice(None),))
     order[:] = np.arange(order.size)  # a permutation, of other rows
     store.write_part(out, SOURCE, (slice(None),), order)

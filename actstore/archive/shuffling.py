@@ -63,7 +63,8 @@ class Shuffle:
         """
         for dim, count in rows.items():
             order = self.orders.get(dim, np.zeros(0, np.int64))
-            inside = order.size == count and (not count or (order.min() >= 0 < count))
+            fits = order.shape == (count,) and order.dtype.kind == "i"
+            inside = fits and (not count or (order.min() >= 0 and order.max() < count))
             if not inside or (np.bincount(order, minlength=count) != 1).any():
                 msg = f"{SOURCE_ROW} of {dim!r} is no permutation of the {count} rows of the logs"
                 raise ArchiveError(msg)

@@ -80,7 +80,8 @@ def _shared_id() -> str | None:
     """Give what the first process that asks draws; None where processes don't know each other.
 
     It goes through the store of the process group, which nobody has to wait in: that some ranks
-    capture and others don't must not stop them.
+    capture and others don't must not stop them. What captures of ranks belong together is told by
+    how many each began before.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):

@@ -73,6 +73,9 @@ class Content:
         Of the variables that give up some.
     captured : Captured or None
         What is shuffled, where the rows are.
+    times : tuple of int
+        Of logs that have no run id, which are told apart by little else: when each was written
+        to, in ns.
     """
 
     plan: layout.Plan
@@ -82,6 +85,7 @@ class Content:
     analysis: Mapping[str, Any]
     precision: Mapping[str, Precision] = field(default_factory=dict)
     captured: Captured | None = None
+    times: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -117,6 +121,7 @@ class Content:
             | {"passes": len(reader.passes), "tokens": len(reader.tokens)},
             _precisions(plan, precision),
             captured,
+            tuple(one.path.stat().st_mtime_ns for one in logs if "run_id" not in one.header),
         )
 
     def shuffling_bytes(self, jobs: Sequence[Job]) -> int:
@@ -135,6 +140,7 @@ class Content:
             "writer": actstore.__version__,
             "format": store.VERSION,
             "logs": self.logs,
+            "times": self.times,
             "shards": [(one.file, one.shard.first, one.shard.last, one.raw_bytes) for one in jobs],
             "arrays": [
                 (one.name, one.dims, one.shape, one.source.name) for one in self.plan.variables

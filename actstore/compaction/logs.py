@@ -62,13 +62,18 @@ def opened(
 def paths_of(
     streams: Pathlike | Sequence[Pathlike], storage_options: Mapping[str, Any] | None = None
 ) -> list[Path | RemotePath]:
-    """Give the paths of one log or several."""
+    """Give the paths of one log or several, which are there."""
     if isinstance(streams, str | os.PathLike):
-        return [path_of(streams, storage_options)]
-    if not isinstance(streams, Sequence) or not streams:
+        return [_log_at(streams, storage_options)]
+    if not isinstance(streams, Sequence) or isinstance(streams, bytes) or not streams:
         msg = f"compact takes the path of a log, or a sequence of them; got {streams!r}"
         raise ConfigError(msg)
-    return [path_of(one, storage_options) for one in streams]
+    return [_log_at(one, storage_options) for one in streams]
+
+
+def _log_at(path: Pathlike, storage_options: Mapping[str, Any] | None) -> Path | RemotePath:
+    found = path_of(path, storage_options)
+    return found if isinstance(found, RemotePath) else files.existing(found, "compact")
 
 
 def path_of(path: Pathlike, storage_options: Mapping[str, Any] | None) -> Path | RemotePath:

@@ -21,6 +21,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import files
 from actstore.archive import store
 from actstore.archive.coordinates import STRING
 from actstore.archive.reading import ShardedRows, Storage
@@ -138,7 +139,11 @@ class Hdf5Archive:
         ------
         FormatError
             It isn't there, or has another form than the array's metadata say.
+        ConfigError
+            The file was closed.
         """
+        if self._raw < 0:
+            raise files.closed(self.path)
         with self._lock:
             if name not in self._stored:
                 array = self.arrays[name]

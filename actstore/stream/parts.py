@@ -47,6 +47,11 @@ class Member:
         rows = np.flatnonzero(mine)
         return rows[np.lexsort((table.call[rows], table.pass_index[rows]))]
 
+    def firings(self, rows: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Give of packets the pass, and which call in it."""
+        table = self.reader.table
+        return list(zip(table.pass_index[rows].tolist(), table.call[rows].tolist(), strict=True))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
@@ -62,12 +67,21 @@ class Part:
         Whose packets it has; several: each of them has a part, in this order.
     dim : int
         Along which dimension, counted from the last.
+    twins : tuple of int
+        Who else has the same packets.
     """
 
     info: LayerInfo
     own: str
     members: tuple[int, ...]
     dim: int = 0
+    twins: tuple[int, ...] = ()
+
+    def apart(self, end: str) -> Part:
+        """Give it as a layer of its own, of another name."""
+        info = self.info
+        named = replace(info, name=f"{info.name}{end}", site=f"{info.site}{end}")
+        return replace(self, info=named)
 
 
 def decide(members: Sequence[Member], *, whole: bool) -> list[Part]:
@@ -85,7 +99,6 @@ def decide(members: Sequence[Member], *, whole: bool) -> list[Part]:
     ConfigError
         They say what can't be together.
     """
-    apart: dict[str, list[int]] = {}
     stages: dict[int, list[int]] = {}
     fired = [one.layers() for one in members]
     for number, one in enumerate(members):
@@ -96,9 +109,10 @@ def decide(members: Sequence[Member], *, whole: bool) -> list[Part]:
         for number in mine:
             for name in fired[number]:
                 holders.setdefault(name, []).append(number)
-        parts = [_of_stage(*held, members, mine, apart, whole=whole) for held in holders.items()]
+        parts = [_of_stage(*held, members, mine, whole=whole) for held in holders.items()]
         found.append([part for several in parts for part in several])
-    result = _of_stages(found, members, apart)
+    result = _of_stages(found, members)
+    apart = [one for one in result if one.info.name != one.own]
     if apart:
         _warn(members, apart)
     return result
@@ -109,7 +123,6 @@ def _of_stage(
     holders: Sequence[int],
     members: Sequence[Member],
     stage: Sequence[int],
-    apart: dict[str, list[int]],
     *,
     whole: bool,
 ) -> list[Part]:
@@ -121,7 +134,7 @@ def _of_stage(
         return [Part(first, name, (holders[0],))]
     if all(info.shard is None for info in infos):
         if all(_alike(name, members, holders[0], one) for one in holders[1:]):
-            return [Part(first, name, (holders[0],))]
+            return [Part(first, name, (holders[0],), twins=tuple(holders[1:]))]
     elif all(info.shard and not info.shard.partial for info in infos):
         complete = len(holders) == members[holders[0]].parallel.tensor[1]
         if complete:
@@ -133,7 +146,10 @@ def _of_stage(
                 f"{', '.join(missing)}; with ranks='given' its parts are kept apart"
             )
             raise ConfigError(msg)
-    return _apart(name, members, holders, "tensor", apart)
+    return [
+        Part(info, name, (one,)).apart(f"@tensor{members[one].parallel.tensor[0]}")
+        for one, info in zip(holders, infos, strict=True)
+    ]
 
 
 def _check_same(name: str, members: Sequence[Member], holders: Sequence[int]) -> None:
@@ -163,12 +179,16 @@ def _sharded(name: str, members: Sequence[Member], holders: Sequence[int]) -> Pa
 
 
 def _alike(name: str, members: Sequence[Member], one: int, other: int) -> bool:
-    """Whether two have the same values of a layer, as far as its first and last packets tell."""
-    mine, theirs = members[one].rows(name), members[other].rows(name)
+    """Whether two have the same values of a layer, as its first and last common packets tell."""
     a, b = members[one].reader, members[other].reader
-    ends = min(len(mine), len(theirs))
-    for place in {0, ends - 1} if ends else ():
-        row, twin = int(mine[place]), int(theirs[place])
+    mine, theirs = members[one].rows(name), members[other].rows(name)
+    places = dict(zip(members[other].firings(theirs), theirs.tolist(), strict=True))
+    both = [
+        (row, places[fired])
+        for row, fired in zip(mine.tolist(), members[one].firings(mine), strict=True)
+        if fired in places
+    ]
+    for row, twin in dict.fromkeys([*both[:1], *both[-1:]]):
         shapes = a.table.shapes[a.table.shape[row]], b.table.shapes[b.table.shape[twin]]
         if shapes[0] != shapes[1] or a.table.dtype[row] != b.table.dtype[twin]:
             return False
@@ -177,81 +197,67 @@ def _alike(name: str, members: Sequence[Member], one: int, other: int) -> bool:
     return True
 
 
-def _apart(
-    name: str,
-    members: Sequence[Member],
-    holders: Sequence[int],
-    axis: str,
-    apart: dict[str, list[int]],
-) -> list[Part]:
-    """Keep each one's packets as a layer of its own."""
-    apart[name] = list(holders)
-    parts = []
-    for one in holders:
-        info = members[one].reader.layers[name]
-        end = f"@{axis}{getattr(members[one].parallel, axis)[0]}"
-        named = replace(info, name=f"{info.name}{end}", site=f"{info.site}{end}")
-        parts.append(Part(named, name, (one,)))
-    return parts
-
-
-def _of_stages(
-    stages: Sequence[Sequence[Part]], members: Sequence[Member], apart: dict[str, list[int]]
-) -> list[Part]:
+def _of_stages(stages: Sequence[Sequence[Part]], members: Sequence[Member]) -> list[Part]:
     """Put the layers of stages together: what several have is a container's, or the same."""
     named: dict[str, list[Part]] = {}
     for parts in stages:
         for part in parts:
             named.setdefault(part.info.name, []).append(part)
     result: list[Part] = []
-    for name, parts in named.items():
+    for parts in named.values():
         if len(parts) > 1:
             real = [one for one in parts if one.info.kind not in _PLACEHOLDERS]
-            result += _of_several(name, real or parts[:1], named, members, apart)
+            result += _of_several(real or parts[:1], named, members)
         else:
             result += parts
     return result
 
 
 def _of_several(
-    name: str,
-    parts: Sequence[Part],
-    named: Mapping[str, Sequence[Part]],
-    members: Sequence[Member],
-    apart: dict[str, list[int]],
+    parts: Sequence[Part], named: Mapping[str, Sequence[Part]], members: Sequence[Member]
 ) -> list[Part]:
     """Say whose a layer is that several stages have."""
-    first, leaders = parts[0], [one.members[0] for one in parts]
-    stem = name.partition("@")[0].partition("#")[0]
-    if len(parts) == 1:
+    first, others = parts[0], parts[1:]
+    stem = first.own.partition("@")[0].partition("#")[0]
+    if not others:
         return [first]
     if any(stem == "" or other.startswith(f"{stem}.") for other in named):
-        return [first if name.endswith("@in") else parts[-1]]
-    if all(_alike(first.own, members, leaders[0], one) for one in leaders[1:]):
-        return [first]
+        return [first if first.own.endswith("@in") else parts[-1]]
+    if all(_same(first, one, members) for one in others):
+        twins = [number for one in others for number in (*one.members, *one.twins)]
+        return [replace(first, twins=(*first.twins, *twins))]
     if first.info.block >= 0:
-        told = " and ".join(str(members[one]) for one in leaders)
+        told = " and ".join(str(members[one.members[0]]) for one in parts)
         msg = (
-            f"layer {name!r} is in {told}, with other values: name the blocks of a stage as the "
-            "whole model does, with Parallel(first_block=...) where they are counted from 0"
+            f"layer {first.info.name!r} is in {told}, with other values: name the blocks of a "
+            "stage as the whole model does, with Parallel(first_block=...) where they are counted "
+            "from 0"
         )
         raise ConfigError(msg)
-    return _apart(first.own, members, leaders, "pipeline", apart)
+    return [one.apart(f"@pipeline{members[one.members[0]].parallel.pipeline[0]}") for one in parts]
 
 
-def _warn(members: Sequence[Member], apart: Mapping[str, Sequence[int]]) -> None:
-    names = list(apart)
-    shown = ", ".join(map(repr, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
-    holders = next(iter(apart.values()))
-    said = [one for name, several in apart.items() for one in several
-            if members[one].reader.layers[name].shard is not None]  # fmt: skip
-    why = "are parts or summands that can't be put together" if said else (
+def _same(one: Part, other: Part, members: Sequence[Member]) -> bool:
+    """Whether two stages have the same values of a layer, or the same parts of it."""
+    pairs = list(zip(one.members, other.members, strict=False))
+    as_many = len(one.members) == len(other.members)
+    return as_many and all(_alike(one.own, members, *pair) for pair in pairs)
+
+
+def _warn(members: Sequence[Member], apart: Sequence[Part]) -> None:
+    names, made = list(dict.fromkeys(one.own for one in apart)), [one.info.name for one in apart]
+    of_parts = any(one.info.shard is not None for one in apart)
+    why = "are parts or summands that can't be put together" if of_parts else (
         "differ, and nothing says which part each process has of them"
     )  # fmt: skip
     warnings.warn(
-        f"{len(names)} layers of {members[holders[0]]} and the others {why}: {shown}; they are "
-        "kept apart, as layers named ...@tensor0, ...@tensor1; say how they are divided at "
-        "capture, with Parallel(sharded={...: -1})",
+        f"{len(names)} layers of {members[apart[0].members[0]]} and the others {why}: "
+        f"{_listed(names)}; they are kept apart, as layers {_listed(made)}; say how they are "
+        "divided at capture, with Parallel(sharded={...: -1})",
         ActstoreWarning,
         stacklevel=2,
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")

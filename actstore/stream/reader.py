@@ -37,7 +37,7 @@ from actstore.stream.records import (
     Text,
     Token,
 )
-from actstore.stream.scan import Damage, LogFile, Scan, scan
+from actstore.stream.scan import Damage, LogFile, Scan, scan, scan_on
 from actstore.stream.segments import log_file
 from actstore.stream.table import BlockPlace, PacketTable
 
@@ -94,7 +94,7 @@ def open_stream(
     ------
     ConfigError
         ``shapes`` or ``dtypes`` don't fit the log, or are given for one that has its own; a log
-        of ``llm-instrumentation`` is to be followed.
+        of ``llm-instrumentation`` is to be followed; ``path`` is no path, or may not be read.
     MissingFileError
         There is no such file.
     FormatError
@@ -107,12 +107,13 @@ def open_stream(
     from actstore.stream.legacy import LegacyReader, is_legacy  # which is a StreamReader
 
     far = remote(path, storage_options)
-    if far is None and is_legacy(Path(path)):
+    place = files.path_of(path) if far is None else far
+    if isinstance(place, Path) and is_legacy(place):
         if follow:
             msg = f"{path} is a log of llm-instrumentation, which can't be followed"
             raise ConfigError(msg)
-        return LegacyReader(Path(path), errors, shapes=shapes, dtypes=dtypes)
-    reader = StreamReader(far or path, errors, follow=follow)
+        return LegacyReader(place, errors, shapes=shapes, dtypes=dtypes)
+    reader = StreamReader(place, errors, follow=follow)
     if shapes is not None or dtypes is not None:
         reader.close()
         msg = f"{path} says itself what shapes and dtypes its packets have; don't give any"
@@ -266,6 +267,11 @@ class StreamReader:
         """The passes, in order."""
         return tuple(self._pass_info(index) for index in sorted(self._passes))
 
+    def go_back(self, size: int) -> None:
+        """Take the log as it was when it had so many bytes: no more than it has now."""
+        self._file.size = size
+        self._open()
+
     def check(self) -> None:
         """Raise the damage that was found on opening, unless it is to be skipped."""
         if self._fault is not None and not self._skip:
@@ -328,7 +334,7 @@ class StreamReader:
         while not self._scan.complete:
             ended = idle >= _IDLE_SECONDS and not files.is_locked(Path(self.path))
             if self._file.grow():
-                self._open()
+                self._go_on()
                 self.__dict__.pop("passes", None)
                 return True
             if ended:
@@ -544,18 +550,38 @@ class StreamReader:
         self._scan = found
         self.header: Mapping[str, Any] = MappingProxyType(dict(found.header))
         self.summary: Mapping[str, Any] = MappingProxyType(dict(found.summary))
-        self.damage: list[Damage] = list(found.damage)
-        self._noted = {region.offset for region in found.damage}
+        self.damage: list[Damage] = []
+        self._noted: set[int] = set()
         self._fault: StreamCorruptError | None = None
         self._lock = threading.Lock()
-        self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
-        self._cached = 0
-        self._lost: dict[int, str] = {}
+        self._forget()
         self._codecs = _codec_table(found.header, self.path)
-        for region in found.damage:
+        self._parts = _Parts()
+        self._committed = table.build([])  # with packets of which parts are to come
+        self._believe(0, found.damage)
+
+    def _go_on(self) -> None:
+        """Take in what was appended; the log anew, where it doesn't go on from what was there."""
+        found = self._scan
+        groups, end = len(found.groups), found.groups[-1].end if found.groups else 0
+        if not scan_on(self._file, found):
+            self._open()
+            return
+        self.damage = [one for one in self.damage if one.offset < end]
+        self._noted = {one.offset for one in self.damage}
+        if self._fault is not None and self._fault.offset >= end:
+            self._fault = None
+        self._believe(groups, [one for one in found.damage if one.offset >= end])
+
+    def _believe(self, group: int, damage: Sequence[Damage]) -> None:
+        """Take in the committed records from a group on, and the damage among them."""
+        for region in damage:
+            self._noted.add(region.offset)
+            self.damage.append(region)
             self._fault = self._fault or self._file.corrupt(region.offset, region.reason)
-        parts = _Parts()
-        for number, entry in self._believed():
+        parts = self._parts
+        known = len(parts.blocks)
+        for number, entry in self._believed(group):
             try:
                 parts.add(entry, number, self._file, self._codecs)
             except FormatError as error:
@@ -569,40 +595,38 @@ class StreamReader:
         self.features: Mapping[int, NDArray[np.uint32]] = MappingProxyType(parts.features)
         self.tokens = tuple(parts.tokens)
         self.token_texts: Mapping[int, str] = MappingProxyType(parts.texts)
-        self.table: PacketTable = self._table(parts.blocks)
-        self._drop_partial()
+        self._committed = self._consistent(table.build(parts.blocks[known:], self._committed))
+        self.table: PacketTable = _whole(self._committed)
 
-    def _believed(self) -> Iterator[tuple[int, Entry]]:
-        """Yield the committed records; where damage raises, only those before it."""
-        first = self.damage[0].offset if self.damage and not self._skip else self._file.size
-        for number, group in enumerate(self._scan.groups):
+    def _believed(self, first_group: int) -> Iterator[tuple[int, Entry]]:
+        """Yield the committed records of groups; where damage raises, only those before it."""
+        first = self._file.size
+        if not self._skip:
+            first = min((one.offset for one in self.damage), default=first)
+        for number, group in enumerate(self._scan.groups[first_group:], start=first_group):
             for entry in group.entries:
                 if entry.offset >= first:
                     return
                 yield number, entry
 
-    def _table(self, blocks: list[BlockPlace]) -> PacketTable:
-        """Build the table of the blocks that don't contradict those before them."""
-        rows = table.build(blocks)
+    def _consistent(self, rows: PacketTable) -> PacketTable:
+        """Leave out the blocks that contradict those before them."""
         while doubted := set(table.conflicts(rows)):
-            first = min(doubted)
+            blocks, first = rows.blocks, min(doubted)
             for index in sorted(doubted) if self._skip else (first,):
                 entry = blocks[index].entry
                 reason = "BLOCK repeats a sequence number, or differs from the part before it"
                 self._note(self._file.corrupt(entry.offset, reason), entry)
             end = len(blocks) if self._skip else first
-            blocks = [one for i, one in enumerate(blocks[:end]) if i not in doubted]
-            rows = table.build(blocks)
+            rows = table.build([one for i, one in enumerate(blocks[:end]) if i not in doubted])
+            self._forget()  # blocks have other numbers now
         return rows
 
-    def _drop_partial(self) -> None:
-        """Leave out packets whose last parts were not committed, or are lost."""
-        rows = self.table
-        if not np.any(rows.parts > 1):
-            return
-        _, inverse, counts = np.unique(rows.seq, return_inverse=True, return_counts=True)
-        whole = counts[inverse] == rows.parts
-        self.table = rows.select(whole)
+    def _forget(self) -> None:
+        """Keep nothing that was decoded."""
+        self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._cached = 0
+        self._lost: dict[int, str] = {}
 
     def _pass_info(self, index: int) -> PassInfo:
         """Put a pass together from its records."""
@@ -633,6 +657,14 @@ class StreamReader:
             self._noted.add(error.offset)
             self.damage.append(Damage(error.offset, length, str(error)))
         self._fault = self._fault or error
+
+
+def _whole(rows: PacketTable) -> PacketTable:
+    """Leave out packets whose last parts were not committed, or are lost."""
+    if not np.any(rows.parts > 1):
+        return rows
+    _, inverse, counts = np.unique(rows.seq, return_inverse=True, return_counts=True)
+    return rows.select(counts[inverse] == rows.parts)
 
 
 @dataclass(slots=True)

@@ -114,13 +114,13 @@ def recover(
     Raises
     ------
     ConfigError
-        It is being written, or ``out`` exists.
+        It is being written, or may not be read; ``out`` exists, or has no folder.
     MissingFileError, FormatError
         There is no log, or one of ``llm-instrumentation``.
     StreamCorruptError
         Nothing of it can be told: it was cut in its HEADER.
     """
-    place = Path(path)
+    place = files.path_of(path)
     if is_legacy(place):
         msg = (
             f"{place} is a log of llm-instrumentation, which says too little to be made whole; "
@@ -133,10 +133,8 @@ def recover(
         kept = _Intact(reader, lambda done: progress(done, 3 * size))
         if reader.complete and not kept.damage and kept.rows.all():
             return kept.report(place)
-        target = Path(out) if out is not None else _beside(place)
-        if target.exists():
-            msg = f"{target} exists, and is not overwritten; give another out, or remove it"
-            raise ConfigError(msg)
+        target = files.path_of(out) if out is not None else _beside(place)
+        files.check_new(target, ConfigError)
         partial = target.with_name(f".{target.name}.partial")
         partial.unlink(missing_ok=True)
         report = kept.report(target)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from actstore import codecs
+from actstore import codecs, files
 from actstore.errors import (
     FormatError,
     MissingFileError,
@@ -23,7 +23,7 @@ from actstore.errors import (
 from actstore.stream import records
 from actstore.stream.records import MAGIC, Commit, Entry, Frame, Header, Index, Opcode
 
-__all__ = ["Damage", "Group", "LogFile", "Scan", "scan", "walk"]
+__all__ = ["Damage", "Group", "LogFile", "Scan", "scan", "scan_on", "walk"]
 
 _SIGHT: Final = 4096  # bytes read at a record's place: its frame and, mostly, its header
 _STRIDE: Final = 1 << 20
@@ -52,12 +52,13 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The records of a group, and the COMMIT that makes them believed."""
+    """The records of a group, and the COMMIT that makes them believed, with its payload's CRC."""
 
     offset: int
     end: int
     commit: Commit
     entries: tuple[Entry, ...]
+    crc: int
 
 
 @dataclass(slots=True)
@@ -109,9 +110,11 @@ class LogFile:
         self._vain = 0  # bytes of headers that were checked, and weren't intact
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             msg = f"no log at {path}: give the path of a .stream file"
             raise MissingFileError(msg) from error
+        except PermissionError as error:
+            raise files.unreadable(path, error) from error
         found = os.fstat(self._descriptor)
         if stat.S_ISDIR(found.st_mode):
             self.close()
@@ -124,12 +127,20 @@ class LogFile:
 
     @property
     def descriptor(self) -> int:
-        """The open file's."""
+        """The open file's.
+
+        Raises
+        ------
+        ConfigError
+            It was closed.
+        """
+        if self._descriptor < 0:
+            raise files.closed(self.path)
         return self._descriptor
 
     def grow(self) -> bool:
         """Take in what was appended since; tell whether anything was."""
-        before, self.size = self.size, os.fstat(self._descriptor).st_size
+        before, self.size = self.size, os.fstat(self.descriptor).st_size
         return self.size > before
 
     def close(self) -> None:
@@ -220,11 +231,11 @@ class LogFile:
 
     def _some(self, length: int, offset: int) -> bytes:
         """Read bytes at an offset, perhaps fewer."""
-        return os.pread(self._descriptor, length, offset)
+        return os.pread(self.descriptor, length, offset)
 
     def _into(self, buffer: memoryview, offset: int) -> int:
         """Read bytes at an offset into memory; give how many."""
-        return os.preadv(self._descriptor, [buffer], offset)
+        return os.preadv(self.descriptor, [buffer], offset)
 
     def corrupt(self, offset: int, reason: str) -> StreamCorruptError:
         """Make the error of damage at an offset of this file."""
@@ -271,6 +282,35 @@ def scan(file: LogFile, *, lenient: bool = False) -> Scan:
         if found is None:
             raise
         return found
+
+
+def scan_on(file: LogFile, found: Scan) -> bool:
+    """Take in what stands behind the last COMMIT by now, without going through what is before it.
+
+    Returns
+    -------
+    bool
+        False, where what was found is no longer there, or the log was closed: scan it anew.
+    """
+    if not found.groups:
+        return False
+    last = found.groups[-1]
+    held = next((one for one in reversed(found.groups) if one.entries), last)
+    if not (_is_there(file, found.sync, last) and _is_there(file, found.sync, held)):
+        return False
+    found.damage = [one for one in found.damage if one.offset < last.end]
+    _by_walking(file, found, last.end)
+    return not found.complete
+
+
+def _is_there(file: LogFile, sync: bytes, group: Group) -> bool:
+    """Whether a group still stands where it did."""
+    try:
+        entry, _ = file.entry(group.offset, sync)
+        same = entry.opcode == Opcode.COMMIT and Commit.decode(entry.header) == group.commit
+    except FormatError:
+        return False
+    return same and entry.payload_crc == group.crc
 
 
 def _from_header(file: LogFile) -> Scan:
@@ -369,7 +409,7 @@ def _read_group(file: LogFile, sync: bytes, offset: int, before: int) -> Group:
             msg = f"the directory at offset {offset} points outside of its group, or twice"
             raise FormatError(msg)
         place = one.end
-    return Group(offset, entry.end, commit, entries)
+    return Group(offset, entry.end, commit, entries, entry.payload_crc)
 
 
 def _by_walking(file: LogFile, found: Scan, offset: int) -> None:
@@ -379,8 +419,9 @@ def _by_walking(file: LogFile, found: Scan, offset: int) -> None:
         try:
             match entry.opcode:
                 case Opcode.COMMIT:
-                    commit = Commit.decode(entry.header)
-                    found.groups.append(Group(entry.offset, entry.end, commit, tuple(pending)))
+                    commit, records_ = Commit.decode(entry.header), tuple(pending)
+                    group = Group(entry.offset, entry.end, commit, records_, entry.payload_crc)
+                    found.groups.append(group)
                     pending = []
                     file.check(entry)
                 case Opcode.INDEX:

@@ -5,7 +5,7 @@ Built from BLOCK headers alone; no payload is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -103,9 +103,10 @@ _RUN_COLUMNS: Final = (
 )
 
 
-def build(blocks: Sequence[BlockPlace]) -> PacketTable:
-    """Expand the runs of all blocks."""
-    shapes: dict[tuple[int, ...], int] = {}
+def build(blocks: Sequence[BlockPlace], before: PacketTable | None = None) -> PacketTable:
+    """Expand the runs of blocks, behind the rows of those that stand before them."""
+    known = () if before is None else before.shapes
+    shapes = {shape: number for number, shape in enumerate(known)}
     runs = [row for index, place in enumerate(blocks) for row in _runs(place.block, index, shapes)]
     columns = np.array(runs, np.int64).reshape(-1, len(_RUN_COLUMNS))
     table = dict(zip(_RUN_COLUMNS, columns.T, strict=True))
@@ -118,9 +119,20 @@ def build(blocks: Sequence[BlockPlace]) -> PacketTable:
     back = table.pop("alias_back")
     table["alias_of"] = np.where(back > 0, table["seq"] - back, -1)
     table["encoded"] = _shares(table["block"], table["nbytes"], blocks)
+    table = _sorted(table)
+    places = tuple(blocks)
+    if before is not None:
+        table["block"] += len(before.blocks)
+        places = (*before.blocks, *places)
+        later = not len(before) or not count.size or before.seq[-1] < table["seq"][0]
+        table = {name: np.concatenate([getattr(before, name), table[name]]) for name in COLUMNS}
+        table = table if later else _sorted(table)
+    return PacketTable(**table, shapes=tuple(shapes), blocks=places)
+
+
+def _sorted(table: Mapping[str, Integers]) -> dict[str, Integers]:
     order = np.lexsort((table["part"], table["seq"]))
-    table = {name: np.ascontiguousarray(column[order]) for name, column in table.items()}
-    return PacketTable(**table, shapes=tuple(shapes), blocks=tuple(blocks))
+    return {name: np.ascontiguousarray(column[order]) for name, column in table.items()}
 
 
 def conflicts(rows: PacketTable) -> list[int]:

@@ -110,11 +110,29 @@ class UnitedReader:
         parts = decide(self._members, whole=whole)
         infos = [replace(one.info, id=number, shard=None) for number, one in enumerate(parts)]
         self.layers: Mapping[str, LayerInfo] = MappingProxyType({one.name: one for one in infos})
+        self._check_names(parts)
         self._shapes: dict[tuple[int, ...], int] = {}
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
         self._kept = 0
         self.table = self._table([self._piece(number, one) for number, one in enumerate(parts)])
+
+    def _check_names(self, parts: Sequence[Part]) -> None:
+        """Refuse layers that would have one name: one of them was called as another is here."""
+        known: dict[str, Part] = {}
+        for one in parts:
+            twin = known.setdefault(one.info.name, one)
+            if twin is not one:
+                told = " and ".join(
+                    f"layer {part.own!r} of {self._members[part.members[0]]}"
+                    for part in (twin, one)
+                )
+                msg = (
+                    f"{told} would both be named {one.info.name!r} here; say how the layer is "
+                    "divided at capture, with Parallel(sharded={...: -1}), or compact each log by "
+                    "itself"
+                )
+                raise ConfigError(msg)
 
     @property
     def path(self) -> Path | RemotePath:
@@ -263,11 +281,21 @@ class UnitedReader:
                 if not _fed(known[1]) and _fed(axis):
                     axes[axis.name] = number, axis
         infos = [info for _, info in mine]
-        labels = {k: v for info in reversed(infos) for k, v in info.annotations.items()}
+        labels: dict[str, tuple[int, Any]] = {}
+        for number, info in mine:
+            for label, given in info.annotations.items():
+                first, known = labels.setdefault(label, (number, given))
+                if repr(given) != repr(known):
+                    msg = (
+                        f"pass {index} of {self._members[first]} and of {self._members[number]} "
+                        f"are not the same: they were annotated with other {label!r}; give the "
+                        "logs of one run, in which every process annotates alike, or none but one"
+                    )
+                    raise ConfigError(msg)
         return PassInfo(
             index,
             tuple(sorted((axis for _, axis in axes.values()), key=_main)),
-            MappingProxyType(labels),
+            MappingProxyType({label: given for label, (_, given) in labels.items()}),
             any(info.aborted for info in infos),
             infos[0].entry,
             max(info.logits_to_keep for info in infos),
@@ -318,13 +346,14 @@ class UnitedReader:
 
     def _piece(self, number: int, part: Part) -> _Piece:
         """Give a layer's packets, as far as all have them."""
-        tables = [self.readers[one].table for one in part.members]
+        holders = (*part.members, *part.twins)
         rows = []
-        for one, table in zip(part.members, tables, strict=True):
+        for one in holders:
             mine = self._members[one].rows(part.own)
-            rows.append(mine[table.pass_index[mine] < self._limit])
-        if len(part.members) > 1:
-            rows = self._matching(part, rows)
+            rows.append(mine[self.readers[one].table.pass_index[mine] < self._limit])
+        if len(holders) > 1:
+            rows = self._matching(part.own, holders, rows)[: len(part.members)]
+        tables = [self.readers[one].table for one in part.members]
         lead, table = rows[0], tables[0]
         columns = {name: getattr(table, name)[lead] for name in COLUMNS}
         columns["layer"] = np.full(lead.size, number, np.int64)
@@ -347,30 +376,28 @@ class UnitedReader:
             return _Piece(columns, np.stack(rows), part, starts)
         return _Piece(columns, np.stack(rows), part, np.zeros(0, np.int64))
 
-    def _matching(self, part: Part, rows: Sequence[Integers]) -> list[Integers]:
+    def _matching(
+        self, name: str, holders: Sequence[int], rows: Sequence[Integers]
+    ) -> list[Integers]:
         """Give of each the packets that all have: the same firings of the same passes."""
-        keys = []
-        for one, mine in zip(part.members, rows, strict=True):
-            table = self.readers[one].table
-            keys.append(list(zip(table.pass_index[mine].tolist(), table.call[mine].tolist(),
-                                 strict=True)))  # fmt: skip
-        if all(one == keys[0] for one in keys):
+        fired = [self._members[one].firings(mine) for one, mine in zip(holders, rows, strict=True)]
+        if all(one == fired[0] for one in fired):
             return list(rows)
-        both = set(keys[0]).intersection(*keys)
+        both = set(fired[0]).intersection(*fired)
         if not self._common:
-            index, call = min(set().union(*keys) - both)
+            index, call = min(set().union(*fired) - both)
             lacking = [
                 str(self._members[one])
-                for one, mine in zip(part.members, keys, strict=True)
+                for one, mine in zip(holders, fired, strict=True)
                 if (index, call) not in mine
             ]
             msg = (
-                f"layer {part.own!r} fired in pass {index} (call {call}), but not in "
+                f"layer {name!r} fired in pass {index} (call {call}), but not in "
                 f"{', '.join(lacking)}: a process died, or did something else. ranks='common' "
                 "keeps what all have"
             )
             raise ConfigError(msg)
-        return [mine[[one in both for one in own]] for mine, own in zip(rows, keys, strict=True)]
+        return [mine[[one in both for one in own]] for mine, own in zip(rows, fired, strict=True)]
 
     def _joined_shapes(
         self, part: Part, tables: Sequence[PacketTable], rows: Sequence[Integers]

@@ -142,8 +142,9 @@ class LogBuilder:
         parts: int = 1,
         width: int = 0,
         pass_index: int | None = None,
+        apart: bool = False,
     ) -> int:
-        """Append a packet, or one part of it in each of several blocks; give its seq."""
+        """Append a packet, or a part of it in each of several blocks, or groups; give its seq."""
         seq, self._seq = self._seq, self._seq + 1
         index = self._pass - 1 if pass_index is None else pass_index
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -166,6 +167,8 @@ class LogBuilder:
                 parts=parts,
             )
             self._block(layer, values, piece, run, width)
+            if apart:
+                self.commit()
         self.fired.append(Fired(layer, index, call, seq, values))
         return seq
 

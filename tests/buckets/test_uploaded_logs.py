@@ -34,7 +34,7 @@ from actstore.errors import (
 from actstore.stream import segments, uploading
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
-from logs import LogBuilder, decoder_log
+from logs import LogBuilder, axis, decoder_log
 
 Options = dict[str, Any]
 
@@ -59,6 +59,67 @@ def test_a_dataset_of_a_log_in_a_bucket_travels(tmp_path: Path, url: str, said: 
         actstore.open_dataset(log, chunks=None) as near,
     ):
         xr.testing.assert_equal(pickle.loads(pickle.dumps(far)).load(), near.load())
+
+
+def test_what_travelled_is_of_the_log_that_was_opened_or_refused(
+    tmp_path: Path, url: str, said: Options
+) -> None:
+    sent = {}
+    for run in ("unread", "a", "b"):
+        log = decoder_log(
+            tmp_path / run, steps=2, dtype=f"float{16 if run == 'b' else 32}", run=run
+        )
+        actstore.upload(log.path, url, storage_options=said)
+        with (
+            actstore.open_dataset(url, chunks=None, storage_options=said) as far,
+            actstore.open_dataset(log.path, chunks=None) as near,
+        ):
+            sent[run] = pickle.dumps(far)
+            if run != "unread":
+                xr.testing.assert_equal(pickle.loads(sent[run]).load(), near.load())
+        segments.remove(remote(url, said).bucket)  # type: ignore[union-attr]
+    actstore.upload(tmp_path / "b", url, storage_options=said)
+    with pytest.raises(FormatError, match="wanted run 'unread'"):
+        pickle.loads(sent["unread"])
+
+
+def test_what_travelled_of_a_log_that_grew_is_what_it_was(
+    tmp_path: Path, url: str, said: Options
+) -> None:
+    def run(passes: int) -> None:
+        for number in range(passes):
+            log.begin(axis(1, 4))
+            log.put("mlp", np.full((1, 4, 2), number, np.float32))
+        log.commit()
+
+    log = LogBuilder(tmp_path / "run.stream")
+    log.layer("mlp")
+    run(2)
+    actstore.upload(log.path, url, storage_options=said)
+    with actstore.open_dataset(url, chunks=None, storage_options=said) as far:
+        sent, short = pickle.dumps(far), far.load()
+    run(4)
+    log.close()
+    actstore.upload(log.path, url, storage_options=said)
+    with (
+        actstore.open_dataset(url, chunks=None, storage_options=said) as far,
+        actstore.open_dataset(log.path, chunks=None) as near,
+    ):
+        xr.testing.assert_equal(pickle.loads(sent).load(), short)
+        xr.testing.assert_equal(pickle.loads(pickle.dumps(far)).load(), near.load())
+        assert near.sizes["token"] > short.sizes["token"]
+
+
+def test_places_are_the_same_only_where_they_are_reached_in_the_same_way(
+    url: str, said: Options
+) -> None:
+    first, again = remote(url, said), remote(url, dict(said))
+    other = remote(url, {**said, "endpoint": "http://127.0.0.1:1"})
+    assert first == again
+    assert hash(first) == hash(again)
+    assert first != other
+    assert first != remote(f"{url}-2", said)
+    assert pickle.loads(pickle.dumps(first)) == first
 
 
 # -- while it is captured -----------------------------------------------------------------------

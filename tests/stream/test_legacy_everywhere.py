@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -146,6 +147,28 @@ def test_compacting_with_shapes_gives_rows_of_tokens(tmp_path: Path, codec: str)
         )
         assert dataset["step"].values[[3, 8, 14]].tolist() == [0, 1, 2]
     assert actstore.verify(tmp_path / "out.zarr").ok
+
+
+def test_a_compaction_of_one_log_is_not_gone_on_with_by_another_of_its_size(
+    log: Path, tmp_path: Path
+) -> None:
+    def write(value: float) -> None:
+        values = np.full((4, 8), value, np.float16).tobytes()
+        log.write_bytes(b"".join(packet(name, values) for name in (b"a", b"b")))
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    told = dict.fromkeys("ab", (1, 4, 8))
+    write(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        actstore.compact(log, tmp_path / "out.zarr", shapes=told, workers=1, progress=stop)
+    write(2.0)
+    os.utime(log, ns=(log.stat().st_atime_ns, log.stat().st_mtime_ns + 1))
+    report = actstore.compact(log, tmp_path / "out.zarr", shapes=told)
+    assert report.shards_resumed == 0
+    with xr.open_zarr(tmp_path / "out.zarr", chunks=None) as found:
+        assert np.unique([found["a"].values, found["b"].values]).tolist() == [2.0]
 
 
 def test_compacting_without_shapes_keeps_the_values_ragged(tmp_path: Path) -> None:
