@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from numbers import Real
 from typing import Any, Self
 
+from actstore.arguments import check_positive
 from actstore.errors import ConfigError
 
 __all__ = ["HookConfig", "HookGranularity", "InstrumentationConfig", "Rows", "TargetLayers"]
@@ -23,7 +22,6 @@ Rows = str | slice | Callable[[Any], Any]
 _GIGABYTE = 10**9
 _CODECS = ("lz4", "zstd", "none")
 _LEAST_BUDGET = 1 << 20
-_MOST = sys.float_info.max / _GIGABYTE
 _OUTPUTS = ("first", "all")
 _ROWS = ("last", "generated")
 
@@ -77,9 +75,9 @@ class InstrumentationConfig:
             found = self.compression_algorithm
             msg = f"compression_algorithm must be one of {wanted}; got {found!r}"
             raise ConfigError(msg)
-        _check_positive("target_throughput_gbps", self.target_throughput_gbps, "GB/s, such as 1.0")
+        check_positive("target_throughput_gbps", self.target_throughput_gbps, "GB/s, such as 1.0")
         if self.max_memory_gb is not None:
-            _check_positive("max_memory_gb", self.max_memory_gb, "GB, such as 4.0, or None")
+            check_positive("max_memory_gb", self.max_memory_gb, "GB, such as 4.0, or None")
             if self.max_memory_gb * _GIGABYTE < _LEAST_BUDGET:
                 msg = (
                     f"max_memory_gb={self.max_memory_gb!r} is under the least budget that works, "
@@ -195,7 +193,7 @@ class HookConfig:
     def __post_init__(self) -> None:
         if self.granularity is not None:
             _check_granularity("HookConfig.granularity", self.granularity)
-        _check_positive("sampling_rate", self.sampling_rate, "a share in (0, 1]")
+        check_positive("sampling_rate", self.sampling_rate, "a share in (0, 1]")
         if self.sampling_rate > 1:
             msg = f"sampling_rate must be in (0, 1]; got {self.sampling_rate!r}"
             raise ConfigError(msg)
@@ -218,13 +216,6 @@ def _check_granularity(name: str, value: Any) -> None:
     if not isinstance(value, HookGranularity):
         wanted = ", ".join(f"HookGranularity.{entry.name}" for entry in HookGranularity)
         msg = f"{name} must be one of {wanted}; got {value!r}"
-        raise ConfigError(msg)
-
-
-def _check_positive(name: str, value: Any, wanted: str) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0 < value <= _MOST:  # NaN compares as neither
-        msg = f"{name} must be a positive, finite number ({wanted}); got {value!r}"
         raise ConfigError(msg)
 
 

@@ -26,6 +26,7 @@ from actstore.archive.checks import ArchiveCheck
 from actstore.archive.jobs import Written
 from actstore.archive.journal import Journal
 from actstore.archive.zipped import ZipPath
+from actstore.arguments import check_callable, check_memory
 from actstore.compaction import Pathlike, Progress
 from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
 
@@ -104,6 +105,8 @@ def import_archive(
         There is no file; it is none of actstore's; it is one of a later version.
     """
     began = time.monotonic()
+    check_memory(max_memory_gb)
+    check_callable("progress", progress)
     place, folder = files.existing(source, "import_archive"), files.path_of(target)
     files.check_new(folder)
     kind = _import_zip if place.is_file() and zipped.is_zip(place) else _import_hdf5
