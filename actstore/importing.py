@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -183,7 +182,7 @@ def _unpack(source: ZipPath, target: Path) -> None:
         while piece := file.read(_PIECE):
             out.write(piece)
         out.flush()
-        os.fsync(out.fileno())
+        files.fsync(out.fileno())
     if not source.is_intact():
         msg = f"{source} is damaged: its bytes don't match their CRC-32"
         raise ArchiveError(msg)
