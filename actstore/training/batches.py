@@ -256,7 +256,20 @@ class Batches(IterableDataset[Batch]):
         self._epoch, self._batch = self._epoch + 1, 0
 
     def forever(self) -> Iterator[Batch]:
-        """Give batches, epoch after epoch."""
+        """Give batches, epoch after epoch.
+
+        Raises
+        ------
+        ConfigError
+            A worker of a `DataLoader` would wait for ever: there are more than buffers.
+        """
+        worker = get_worker_info()
+        if worker is not None and worker.id >= self._order.windows:
+            msg = (
+                f"an epoch is {self._order.windows} buffers, too few for {worker.num_workers} "
+                "workers: give fewer workers, or a smaller buffer_mb"
+            )
+            raise ConfigError(msg)
         while True:
             yield from self
 

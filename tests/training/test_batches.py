@@ -256,6 +256,22 @@ def test_a_state_of_a_worker_goes_on_there(run: dict[str, Path]) -> None:
     ]
 
 
+def test_a_worker_without_batches_does_not_wait_for_ever(run: dict[str, Path]) -> None:
+    loader = DataLoader(_Endless(run["shuffled"]), batch_size=None, num_workers=2, timeout=60)
+    with pytest.raises(ConfigError, match="too few for 2 workers"):
+        list(loader)
+
+
+class _Endless(torch.utils.data.IterableDataset):  # type: ignore[misc] # torch's is untyped
+    """Gives batches of an epoch of a single buffer, without an end."""
+
+    def __init__(self, path: Path) -> None:
+        self._batches = Batches(path, LAYER)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches.forever()
+
+
 class _Stateful(torch.utils.data.IterableDataset):  # type: ignore[misc] # torch's is untyped
     """Gives batches with the state behind each, as a stateful loader asks for it in a worker."""
 
