@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "archive"))
 from logs import decoder_log
 
 NO_MEMORY = ("1", float("nan"), float("inf"), 0, -1, True, None)
-NO_COUNT = ("1", 1.0, 0, True, None)
+NO_COUNT = ("1", 1.0, 0, True)
 NO_CALLABLE = (3, "print")
 NO_TOKENIZER = ("gpt2", 3)
 
