@@ -26,12 +26,12 @@ from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Read
 from actstore.archive.reading import ShardedRows
 from actstore.archive.shuffling import is_shuffled
+from actstore.arguments import check_callable, check_count, check_memory, check_tokenizer
 from actstore.buckets import RemotePath
 from actstore.clusters import check_client
 from actstore.compaction import CompactionReport, Pathlike, Progress
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Content, dense_jobs, ragged_jobs
-from actstore.compaction.executing import check_workers
 from actstore.compaction.logs import Reader, element_reader, opened, paths_of, row_reader
 from actstore.compaction.writing import write_archive
 from actstore.errors import ArchiveError, ConfigError
@@ -85,7 +85,10 @@ def append(
         As for `open_stream` and `open_dataset`.
     """
     began = time.monotonic()
-    check_workers(workers)
+    check_count("workers", workers)
+    check_memory(max_memory_gb)
+    check_tokenizer(tokenizer)
+    check_callable("progress", progress)
     check_client(client)
     place = files.existing(archive, "append").absolute()
     _Old.open(place)  # refuses what is none before anything is made beside it

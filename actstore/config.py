@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from numbers import Real
 from typing import Any, Self
 
+from actstore.arguments import check_positive
 from actstore.errors import ConfigError
 
-__all__ = [
-    "HookConfig",
-    "HookGranularity",
-    "InstrumentationConfig",
-    "Rows",
-    "TargetLayers",
-    "check_positive",
-]
+__all__ = ["HookConfig", "HookGranularity", "InstrumentationConfig", "Rows", "TargetLayers"]
 
 #: Exact names and globs, or a predicate of a module's name (or of its name and the module).
 TargetLayers = Sequence[str] | Callable[..., bool]
@@ -30,7 +22,6 @@ Rows = str | slice | Callable[[Any], Any]
 _GIGABYTE = 10**9
 _CODECS = ("lz4", "zstd", "none")
 _LEAST_BUDGET = 1 << 20
-_MOST = sys.float_info.max / _GIGABYTE
 _OUTPUTS = ("first", "all")
 _ROWS = ("last", "generated")
 
@@ -225,14 +216,6 @@ def _check_granularity(name: str, value: Any) -> None:
     if not isinstance(value, HookGranularity):
         wanted = ", ".join(f"HookGranularity.{entry.name}" for entry in HookGranularity)
         msg = f"{name} must be one of {wanted}; got {value!r}"
-        raise ConfigError(msg)
-
-
-def check_positive(name: str, value: Any, wanted: str) -> None:
-    """Refuse what is no number over 0, or not finite."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0 < value <= _MOST:  # NaN compares as neither
-        msg = f"{name} must be a positive, finite number ({wanted}); got {value!r}"
         raise ConfigError(msg)
 
 

@@ -19,6 +19,7 @@ from actstore import files, hdf5
 from actstore.archive import store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.zipped import Place, ZipPath
+from actstore.arguments import check_callable, check_memory
 from actstore.compaction import Pathlike, Progress, compact
 from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
 from actstore.stream.legacy import is_legacy
@@ -119,6 +120,8 @@ def export(
         As for `open_dataset`.
     """
     began = time.monotonic()
+    check_memory(max_memory_gb)
+    check_callable("progress", progress)
     target, kind = target_of(target)
     if kind == "HDF5":
         hdf5.check_installed()

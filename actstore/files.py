@@ -24,7 +24,9 @@ __all__ = [
     "closed",
     "exchange",
     "existing",
+    "fdatasync",
     "free_name",
+    "fsync",
     "fsync_file",
     "fsync_folder",
     "is_locked",
@@ -47,11 +49,35 @@ class LockedError(OSError):
     """Another process holds the lock."""
 
 
+def fsync(descriptor: int) -> None:
+    """Make an open file durable."""
+    if not _flushed(descriptor):
+        os.fsync(descriptor)
+
+
+def fdatasync(descriptor: int) -> None:
+    """Make the content of an open file durable, and its size."""
+    if not _flushed(descriptor):
+        getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
+def _flushed(descriptor: int) -> bool:
+    """Make a file durable as macOS does, whose fsync leaves it in the drive; False elsewhere."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is None:
+        return False
+    try:
+        fcntl.fcntl(descriptor, full)
+    except OSError:  # not every file system has it
+        return False
+    return True
+
+
 def fsync_file(path: Path) -> None:
     """Make a file's content durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -72,7 +98,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
     except BaseException:
@@ -87,7 +113,7 @@ def write_new(path: Path, buffers: Sequence[Any]) -> None:
     with path.open("xb") as file:
         file.writelines(buffers)
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
 
 
 def replace(source: Path, target: Path) -> None:
@@ -116,18 +142,27 @@ def exchange(one: Path, other: Path) -> None:
 
     Elsewhere ``other`` has no name for a moment.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(one), os.fsencode(other)
-    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(other))
+    if not _exchanged(one, other):
         aside = free_name(one)
         other.rename(aside)
         one.rename(other)
         aside.rename(one)
     fsync_folder(other.parent)
     fsync_folder(one.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders have each other's names at once; False where the system can't."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux has it
+    if call is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if not call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def free_name(path: Path) -> Path:

@@ -12,14 +12,10 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from actstore import files
+from actstore.arguments import check_positive, check_tokenizer
 from actstore.buckets import RemotePath, is_remote, remote
 from actstore.capture.memory import Memory
-from actstore.config import (
-    HookConfig,
-    HookGranularity,
-    InstrumentationConfig,
-    check_positive,
-)
+from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import CaptureError, ConfigError
 from actstore.parallel import Parallel
 from actstore.stream import summary
@@ -141,9 +137,7 @@ class InstrumentationFramework:
                 f"{_name(self.config.granularity)}; leave HookConfig.granularity at None"
             )
             raise ConfigError(msg)
-        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
-            msg = f"instrument_model wants a tokenizer with decode([id]); got {tokenizer!r}"
-            raise ConfigError(msg)
+        check_tokenizer(tokenizer)
         if parallel is not None and not isinstance(parallel, Parallel):
             msg = f"instrument_model wants parallel as an actstore.Parallel; got {parallel!r}"
             raise ConfigError(msg)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from actstore.accessor import TokenAxis, lazy_beneath, token_axes
 from actstore.archive.coordinates import texts_of
 from actstore.archive.precision import EXACT
+from actstore.arguments import check_count, check_memory
 from actstore.errors import ConfigError
 
 __all__ = ["group_statistics"]
@@ -355,10 +356,5 @@ def _check_numbers(*, top: int | None, min_count: int, workers: int, max_memory_
         ("top", 1 if top is None else top), ("min_count", min_count), ("workers", workers)
     )  # fmt: skip
     for name, given in counts:
-        if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < 1:
-            msg = f"{name} must be a positive integer; got {given!r}"
-            raise ConfigError(msg)
-    kind = isinstance(max_memory_gb, int | float) and not isinstance(max_memory_gb, bool)
-    if not kind or not max_memory_gb > 0:
-        msg = f"max_memory_gb must be a positive number of GB; got {max_memory_gb!r}"
-        raise ConfigError(msg)
+        check_count(name, given.item() if isinstance(given, np.integer) else given)
+    check_memory(max_memory_gb)

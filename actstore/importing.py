@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,6 +25,7 @@ from actstore.archive.checks import ArchiveCheck
 from actstore.archive.jobs import Written
 from actstore.archive.journal import Journal
 from actstore.archive.zipped import ZipPath
+from actstore.arguments import check_callable, check_memory
 from actstore.compaction import Pathlike, Progress
 from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
 
@@ -104,6 +104,8 @@ def import_archive(
         There is no file; it is none of actstore's; it is one of a later version.
     """
     began = time.monotonic()
+    check_memory(max_memory_gb)
+    check_callable("progress", progress)
     place, folder = files.existing(source, "import_archive"), files.path_of(target)
     files.check_new(folder)
     kind = _import_zip if place.is_file() and zipped.is_zip(place) else _import_hdf5
@@ -180,7 +182,7 @@ def _unpack(source: ZipPath, target: Path) -> None:
         while piece := file.read(_PIECE):
             out.write(piece)
         out.flush()
-        os.fsync(out.fileno())
+        files.fsync(out.fileno())
     if not source.is_intact():
         msg = f"{source} is damaged: its bytes don't match their CRC-32"
         raise ArchiveError(msg)

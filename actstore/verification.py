@@ -22,6 +22,7 @@ from actstore import codecs, dtypes, files, hdf5, markup
 from actstore.archive import store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.zipped import Place, ZipPath
+from actstore.arguments import check_callable
 from actstore.buckets import RemotePath, remote
 from actstore.compaction import Pathlike, Progress
 from actstore.compaction.comparing import differences
@@ -169,6 +170,7 @@ def verify(  # noqa: PLR0911 - one for each container
         ``against`` is given for a log; or it is a log of ``llm-instrumentation`` of LZ4 frames,
         and what decodes them is missing.
     """
+    check_callable("progress", progress)
     far = remote(path, storage_options)
     if far is not None and against is None and _is_log(far):
         return _verify_log(far, progress, decode=decode)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -103,9 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", nargs="?", type=Path, default=Path("quickstart-output"))
     out: Path = parser.parse_args().out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"{out} is there, and no empty folder: remove it, or give another")
     logging.disable_progress_bar()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     log, archive, figure = out / "run.stream", out / "run.zarr", out / "change.png"
 
     framework = capture(log)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -114,7 +113,9 @@ def train(
 def main() -> None:
     """Do all of it in a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("sae"), help="a folder that is made anew")
+    parser.add_argument(
+        "--out", type=Path, default=Path("sae"), help="a new folder, or an empty one"
+    )
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--features", type=int, default=768)
     parser.add_argument("--k", type=int, default=16)
@@ -122,9 +123,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
+        parser.error(f"{given.out} is there, and no empty folder: remove it, or give another")
     logging.disable_progress_bar()
-    shutil.rmtree(given.out, ignore_errors=True)
-    given.out.mkdir(parents=True)
+    given.out.mkdir(parents=True, exist_ok=True)
     log, archive = given.out / "run.stream", given.out / "run.zarr"
     capture(log, given.tokens)
     report = actstore.compact(log, archive, layout="shuffled", seed=given.seed)

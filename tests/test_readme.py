@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,26 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
         ["bash", ".ci/run", "--show"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert shown.stdout == f"{TESTS}\n"
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments"), [("quickstart", ["."]), ("train_sae", ["--out", "."])]
+)
+def test_an_example_leaves_what_is_in_a_folder(
+    example: str,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = EXAMPLES / f"{example}.py"
+    (tmp_path / "mine.txt").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert [one.name for one in tmp_path.iterdir()] == ["mine.txt"]
+    assert "remove it, or give another" in capsys.readouterr().err
 
 
 @pytest.mark.slow

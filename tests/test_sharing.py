@@ -331,10 +331,14 @@ def test_bad_arguments_are_refused_before_anything_is_made(tmp_path: Path) -> No
             "no label that can",
         ),
         ({"privacy": actstore.Privacy(drop_labels=["resid"])}, ConfigError, "'fold', 'patient'"),
+        ({"about": {"name": "a"}}, ConfigError, "about must be an actstore.About"),
+        ({"privacy": {}}, ConfigError, "privacy must be an actstore.Privacy"),
     ]
     for given, kind, said in wrong:
         with pytest.raises(kind, match=said):
             actstore.share(archive, tmp_path / "shared", **given)
+    with pytest.raises(ConfigError, match=r"must be an actstore\.Privacy"):
+        actstore.what_leaves(archive, privacy={})  # type: ignore[arg-type]
     with pytest.raises(MissingFileError):
         actstore.share(tmp_path / "none.zarr", tmp_path / "shared")
     with pytest.raises(ArchiveError, match="exists, and is not overwritten"):
@@ -455,3 +459,24 @@ def test_the_card_says_where_chunks_are_that_were_kept_whole(
     card = (made.path / "README.md").read_text()
     assert "Of `h` some chunks are kept whole" in card
     assert ("astype('float64')" in card) == precision.startswith("nmse")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (actstore.About, {"name": "a", "creators": "Ada Lovelace"}, "creators must be a sequence"),
+        (actstore.About, {"name": "a", "creators": [b"Ada"]}, "creators must be a sequence"),
+        (actstore.About, {"name": 3}, "name must be a str; got 3"),
+        (actstore.About, {"name": "a", "url": None}, "url must be a str; got None"),
+        (actstore.Privacy, {"drop_labels": "patient"}, "drop_labels must be a sequence"),
+        (actstore.Privacy, {"drop_text": "yes"}, "drop_text must be True or False"),
+        (
+            actstore.Privacy,
+            {"hash_text": b"a key"},
+            "hash_text must be a str, or None; got a bytes",
+        ),
+    ],
+)
+def test_words_of_another_kind_are_refused(kind: Any, options: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        kind(**options)

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.arguments import check_count, check_memory
 from actstore.clusters import Memory, default_client, memory_of
 from actstore.errors import ConfigError
 
@@ -40,13 +41,8 @@ class Budget:
     gigabytes: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
-            msg = f"workers must be a positive int; got {self.workers!r}"
-            raise ConfigError(msg)
-        given = self.gigabytes
-        if isinstance(given, bool) or not isinstance(given, int | float) or not given > 0:
-            msg = f"max_memory_gb must be a positive number of GB, such as 1.0; got {given!r}"
-            raise ConfigError(msg)
+        check_count("workers", self.workers)
+        check_memory(self.gigabytes)
         if find_spec("dask") is None:
             msg = "statistics are computed by dask, which isn't installed: install actstore[dask]"
             raise ConfigError(msg)

@@ -14,6 +14,7 @@ from actstore.accessor import TokenAxis, token_axes
 from actstore.analysis.engine import Budget, Mask, compute, later, reduced
 from actstore.analysis.moments import cosines, row_squares
 from actstore.analysis.source import Source, blocks_of, flat, labelled, source_of, sources
+from actstore.arguments import check_count
 from actstore.errors import ConfigError
 
 __all__ = ["layer_change", "token_norms", "top_activations"]
@@ -217,10 +218,8 @@ def top_activations(
     ConfigError
         As for `token_norms`; or there is no such feature or layer.
     """
-    for name, value, least in (("k", k, 1), ("context", context, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            msg = f"{name} must be an int of at least {least}; got {value!r}"
-            raise ConfigError(msg)
+    check_count("k", k)
+    check_count("context", context, 0)
     budget = Budget(workers, max_memory_gb)
     source = source_of(dataset, variable)
     number = _layer_of(source, layer)

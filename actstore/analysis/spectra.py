@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from actstore.analysis.engine import Budget, Mask, compute, later
 from actstore.analysis.source import Source, blocks_of, labelled, source_of
+from actstore.arguments import check_count
 from actstore.errors import ConfigError
 
 __all__ = ["covariance", "pca"]
@@ -133,9 +134,7 @@ def pca(
     ConfigError
         As for `covariance`.
     """
-    if isinstance(components, bool) or not isinstance(components, int) or components < 1:
-        msg = f"components must be a positive int; got {components!r}"
-        raise ConfigError(msg)
+    check_count("components", components)
     source = source_of(dataset, variable, padding=padding)
     dim = _feature(source)
     results = len(source.places) * source.width * (components + 2) * 8

@@ -179,7 +179,7 @@ class Journal:
         data = json.dumps(line).encode() + b"\n"
         while data:
             data = data[os.write(self._descriptor, data) :]
-        os.fdatasync(self._descriptor)
+        files.fdatasync(self._descriptor)
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

@@ -24,6 +24,7 @@ import actstore
 from actstore import dtypes, files, hook_names
 from actstore.accessor import beneath_dask
 from actstore.archive.coordinates import SOURCE_ROW
+from actstore.arguments import check_memory
 from actstore.bridges import arrow, safe_tensors
 from actstore.bridges.folders import LABELS
 from actstore.dataset import open_lazily
@@ -133,6 +134,7 @@ def export_rows(
         As for `open_dataset`.
     """
     began = time.monotonic()
+    check_memory(max_memory_gb)
     path = Path(target)
     kind = _FORMATS.get(path.suffix, "") if format is None else format
     if kind not in _FORMATS.values():

@@ -6,6 +6,7 @@ one capture has used is kept for the next, as long as its framework lives.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable
 
@@ -43,5 +44,6 @@ class Memory:
 def _fresh(nbytes: int) -> NDArray[np.uint8]:
     """Give fresh memory in huge pages, where there are: they fault in far less often."""
     pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(AttributeError, OSError):  # no such pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8)

@@ -15,12 +15,13 @@ from typing import Any, Final
 from actstore import files, markup
 from actstore.archive import shards, uploads
 from actstore.archive.shuffling import check_layout
+from actstore.arguments import check_callable, check_count, check_memory, check_tokenizer
 from actstore.buckets import RemotePath, remote
 from actstore.clusters import check_client
 from actstore.compaction import removing
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Wanted
-from actstore.compaction.executing import SENT_BYTES, check_workers
+from actstore.compaction.executing import SENT_BYTES
 from actstore.compaction.logs import Pathlike, path_of, paths_of
 from actstore.compaction.recipe import OfLogs
 from actstore.compaction.writing import Progress, write_archive
@@ -217,7 +218,10 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     paths, target = paths_of(streams, storage_options), path_of(out, storage_options)
     shards.check_profile(profile)
     drawn = check_layout(layout, seed)
-    check_workers(workers)
+    check_count("workers", workers)
+    check_memory(max_memory_gb)
+    check_tokenizer(tokenizer)
+    check_callable("progress", progress)
     check_client(client)
     waiting = uploads.spool_of(spool, paths[0])
     if isinstance(target, RemotePath):

@@ -24,7 +24,6 @@ __all__ = [
     "Executor",
     "Sending",
     "Threads",
-    "check_workers",
     "fitting",
     "unverified",
     "write_shard",
@@ -144,13 +143,6 @@ def fitting(jobs: Sequence[Job], workers: int, gigabytes: float, beside: int = 0
         )
         raise ConfigError(msg)
     return min(workers, threads)
-
-
-def check_workers(workers: int) -> None:
-    """Refuse a number of threads that is none."""
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        msg = f"workers must be a positive int; got {workers!r}"
-        raise ConfigError(msg)
 
 
 def write_shard(job: Job, folder: Path, profile: str) -> Written:

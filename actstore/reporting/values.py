@@ -20,6 +20,7 @@ from actstore.accessor import TokenAxis, token_axes
 from actstore.analysis.moments import cosines, row_squares
 from actstore.analysis.sketch import every
 from actstore.analysis.source import Source, flat, source_of
+from actstore.arguments import check_count, check_memory
 from actstore.errors import ActstoreError, ConfigError
 from actstore.reporting.sequences import Sequences
 
@@ -86,19 +87,14 @@ class Limits:
     max_memory_gb: float
 
     def __post_init__(self) -> None:
-        if not _is_count(self.max_tokens, 1):
-            msg = f"max_tokens must be a positive int; got {self.max_tokens!r}"
-            raise ConfigError(msg)
+        check_count("max_tokens", self.max_tokens)
         given = self.sequence
         if given is not None and not (
             isinstance(given, tuple) and len(given) == 2 and all(_is_count(n, 0) for n in given)
         ):
             msg = f"sequence must be (pass, batch item), such as (0, 0); got {given!r}"
             raise ConfigError(msg)
-        size: Any = self.max_memory_gb
-        if isinstance(size, bool) or not isinstance(size, int | float) or not size > 0:
-            msg = f"max_memory_gb must be a positive number of GB, such as 1.0; got {size!r}"
-            raise ConfigError(msg)
+        check_memory(self.max_memory_gb)
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -22,6 +22,7 @@ from actstore import files
 from actstore.archive import store
 from actstore.archive.coordinates import prefix_of
 from actstore.archive.redacting import check_names, copy_archive
+from actstore.arguments import check_callable, check_memory
 from actstore.compaction import Pathlike, Progress, compact
 from actstore.errors import ActstoreError, ArchiveError, ConfigError
 from actstore.exporting import export
@@ -124,6 +125,10 @@ def share(  # noqa: PLR0913 - each is its own choice, by name
     MissingFileError, FormatError, StreamCorruptError
         As for `open_dataset`.
     """
+    check_memory(max_memory_gb)
+    check_callable("progress", progress)
+    _check_kind("about", about, About)
+    _check_kind("privacy", privacy, Privacy)
     privacy = privacy or Privacy()
     if container not in _CONTAINERS:
         msg = f"container must be one of {', '.join(map(repr, _CONTAINERS))}; got {container!r}"
@@ -166,11 +171,18 @@ def what_leaves(source: Pathlike, *, privacy: Privacy | None = None) -> list[Lea
     list of Leaving
         What tells most of what was read first: texts, ids, labels of yours.
     """
+    _check_kind("privacy", privacy, Privacy)
     place = files.existing(source, "what_leaves")
     if not place.is_dir():
         msg = f"{place} is no archive's folder: compact it first, then see what leaves"
         raise ConfigError(msg)
     return leaving(place, privacy or Privacy())
+
+
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        msg = f"{name} must be an actstore.{kind.__name__}, or None; got {value!r}"
+        raise ConfigError(msg)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from actstore.archive import store
 from actstore.archive.precision import EXACT, SCALE
+from actstore.arguments import check_strings
+from actstore.errors import ConfigError
 
 __all__ = ["About", "card", "hook_point", "model_identity", "variables"]
 
@@ -45,6 +47,11 @@ class About:
         As told; the licence as SPDX names it (``"CC-BY-4.0"``).
     creators : sequence of str
         Names.
+
+    Raises
+    ------
+    ConfigError
+        A value is of another kind.
     """
 
     name: str
@@ -53,6 +60,13 @@ class About:
     citation: str = ""
     url: str = ""
     creators: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("name", "description", "licence", "citation", "url"):
+            if not isinstance(getattr(self, name), str):
+                msg = f"{name} must be a str; got {getattr(self, name)!r}"
+                raise ConfigError(msg)
+        check_strings("creators", self.creators)
 
 
 def hook_point(site: str) -> str:

@@ -16,6 +16,7 @@ from actstore.archive import store
 from actstore.archive.coordinates import ROW_LABELS, RUN, SOURCE_ROW, STRING, prefix_of
 from actstore.archive.precision import EXACT, SCALE
 from actstore.archive.redacting import check_names
+from actstore.arguments import check_strings
 from actstore.errors import ConfigError
 
 __all__ = ["Leaving", "Privacy", "leaving"]
@@ -53,7 +54,7 @@ class Privacy:
     Raises
     ------
     ConfigError
-        Both to be dropped and to be hashed, or an empty key.
+        Both to be dropped and to be hashed, an empty key, or a value is of another kind.
     """
 
     drop_text: bool = False
@@ -62,6 +63,14 @@ class Privacy:
     drop_labels: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("drop_text", "drop_token_ids"):
+            if not isinstance(getattr(self, name), bool):
+                msg = f"{name} must be True or False; got {getattr(self, name)!r}"
+                raise ConfigError(msg)
+        if self.hash_text is not None and not isinstance(self.hash_text, str):
+            msg = f"hash_text must be a str, or None; got a {type(self.hash_text).__name__}"
+            raise ConfigError(msg)
+        check_strings("drop_labels", self.drop_labels)
         if self.hash_text is not None and (self.drop_text or not self.hash_text):
             msg = "hash_text wants a key that is not empty, and text that is not dropped"
             raise ConfigError(msg)

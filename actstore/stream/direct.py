@@ -22,6 +22,7 @@ PAGE: Final = 4096
 PAGED_BYTES: Final = 256 << 10
 _CALL: Final = 8 << 20  # bytes that a call writes, at least
 _COPIED: Final = 2 << 20
+_DIRECT: Final = getattr(os, "O_DIRECT", 0)  # 0 where the system has no such writes
 
 
 def paged(part: memoryview) -> bool:
@@ -49,6 +50,8 @@ class DirectFile:
     """
 
     def __init__(self, descriptor: int) -> None:
+        if not _DIRECT:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
         self._descriptor = descriptor
         self._flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         self.works = True
@@ -111,5 +114,5 @@ class DirectFile:
                 pages[0] = pages[0][written:]
 
     def _set(self, *, direct: bool) -> None:
-        flags = self._flags | os.O_DIRECT if direct else self._flags & ~os.O_DIRECT
+        flags = self._flags | _DIRECT if direct else self._flags & ~_DIRECT
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import files
+from actstore.arguments import check_callable
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.reader import StreamReader
@@ -120,6 +121,7 @@ def recover(
     StreamCorruptError
         Nothing of it can be told: it was cut in its HEADER.
     """
+    check_callable("progress", progress)
     place = files.path_of(path)
     if is_legacy(place):
         msg = (

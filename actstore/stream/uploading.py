@@ -6,6 +6,7 @@ What a segment is, and how they are read as a log, is ``segments.py``'s.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import threading
@@ -317,7 +318,9 @@ def _give_back(descriptor: int, start: int, end: int) -> int:
     first, last = max(start, _KEPT) // _PAGE * _PAGE, end // _PAGE * _PAGE
     if last > first:
         libc = ctypes.CDLL(None, use_errno=True)
-        call = libc.fallocate64 if hasattr(libc, "fallocate64") else libc.fallocate
+        call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+        if call is None:
+            raise OSError(errno.ENOTSUP, "the spool can't be given back: fallocate is Linux's")
         sizes = ctypes.c_int64(first), ctypes.c_int64(last - first)
         if call(descriptor, _PUNCH_HOLE, *sizes):
             number = ctypes.get_errno()

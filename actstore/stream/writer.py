@@ -178,7 +178,7 @@ class StreamWriter:
             The disk refuses, or the file was removed or cut meanwhile.
         """
         with self._using() as descriptor:
-            os.fdatasync(descriptor)
+            files.fdatasync(descriptor)
         self._check_file()
         self._synced_at = self._clock()
         self._synced_offset = self.offset

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from actstore.arguments import check_count, check_positive
 from actstore.errors import ConfigError
 from actstore.training.order import Epoch, Order, Piece
 from actstore.training.selection import Choice, Selection
@@ -29,7 +30,7 @@ Batch = torch.Tensor | dict[str, torch.Tensor]
 _VERSION: Final = 1
 _THREADS: Final = 2
 #: Integers of the same size stand for dtypes that NumPy lacks.
-_STAND_INS: Final = {1: np.uint8, 2: np.int16}
+_STAND_INS: Final = {1: torch.uint8, 2: torch.int16}
 
 
 class Batches(IterableDataset[Batch]):
@@ -50,7 +51,8 @@ class Batches(IterableDataset[Batch]):
     Parameters
     ----------
     path : path
-        An archive's folder, a ``.zarr.zip`` or ``.h5`` of one, or a ``.stream`` log.
+        An archive's folder, a ``.zarr.zip`` or ``.h5`` of one, or a ``.stream`` log; or the URL
+        of an archive or a log in a bucket.
     layers : str or sequence of str
         A layer's name as ``dataset.actstore.layer`` takes it; the name of a site, such as
         ``"resid"``, for all of its layers; or several layers, whose rows have one shape.
@@ -85,19 +87,23 @@ class Batches(IterableDataset[Batch]):
         initialised, else 0 of 1. Ranks have disjoint rows, and equally many batches.
     pin_memory : bool
         Whether tensors are in pinned memory, for copies to a GPU; with a `DataLoader`, its own.
+    storage_options : mapping, optional
+        Of a bucket, as for `actstore.open_dataset`. Worker processes that read from one are to
+        be spawned.
 
     Raises
     ------
     ConfigError
         There is no such layer, label or row, or an argument can't be honoured.
-    MissingFileError, FormatError, StreamCorruptError
+    MissingFileError, FormatError, StreamCorruptError, BucketError
         As for `actstore.open_dataset`.
 
     Notes
     -----
     A batch is a tensor [rows, *row_shape], or [rows, layers, *row_shape] of several layers or a
     site; with labels, a dict of it, ``"values"``, and of each label by its name. Batches are
-    views of a buffer that is used again when no one holds a batch of it any more.
+    views of a buffer that is used again when no one holds a batch of it any more; a pinned one,
+    when the copies of it that devices were told to do are done, too.
     """
 
     def __init__(  # noqa: PLR0913 - each is its own choice, by name
@@ -120,26 +126,30 @@ class Batches(IterableDataset[Batch]):
         rank: int | None = None,
         world_size: int | None = None,
         pin_memory: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        choice = Choice.of(path, layers, labels, rows, padding=padding, dim=dim)
-        for name, value, least in (("prefetch", prefetch, 0), ("threads", threads, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                msg = f"{name} must be an int of at least {least}; got {value!r}"
-                raise ConfigError(msg)
+        choice = Choice.of(
+            path, layers, labels, rows, padding=padding, dim=dim, storage_options=storage_options
+        )
+        check_count("batch_size", batch_size)
+        check_count("prefetch", prefetch, 0)
+        check_count("threads", threads)
+        check_positive("buffer_mb", buffer_mb, "MB, such as 64")
+        if pin_memory:
+            _check_pinning()
         self._selection = selection = Selection(choice)
-        self._kind = _kind_of(selection.dtype, dtype)
+        self._kind = kind_of(selection.dtype, dtype)
         row = max(math.prod(selection.shape) * self._kind.itemsize, 1)
         mine, others = _ranks(rank, world_size)
-        batch = batch_size if isinstance(batch_size, int) and batch_size > 0 else 1
-        window = max(int(buffer_mb * 1e6) // (row * batch), 1)
+        window = max(int(buffer_mb * 1e6) // (row * batch_size), 1)
         self._order = Order(
             selection.counts(), batch_size, window, seed, shuffle, drop_last, mine, others
         )
         self._threads, self._prefetch, self._pin = threads, prefetch, pin_memory
         self._epoch = self._batch = 0
         self._workers: int | None = None
-        self._memory = _Memory(pin=pin_memory)
+        self._memory = _Memory()
 
     def __len__(self) -> int:
         """Batches of an epoch, of this rank."""
@@ -154,6 +164,11 @@ class Batches(IterableDataset[Batch]):
     def shape(self) -> tuple[int, ...]:
         """The shape of a row."""
         return self._selection.shape
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row of one layer; with several, `shape` has their number before it."""
+        return self._selection.row_shape
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -181,9 +196,7 @@ class Batches(IterableDataset[Batch]):
         A `DataLoader` whose workers are not persistent begins with this one each time: set it
         before each epoch.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            msg = f"epoch must be an int of at least 0; got {epoch!r}"
-            raise ConfigError(msg)
+        check_count("epoch", epoch, 0)
         self._epoch, self._batch, self._workers = epoch, 0, None
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,15 +210,15 @@ class Batches(IterableDataset[Batch]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another was, with the same rows and options.
+        """Go on where another was, with the same rows of the same runs, and the same options.
 
         Raises
         ------
         ConfigError
-            It was of other rows, or other options.
+            It was of other runs or rows, in another order, or of other options.
         """
         try:
-            version, of = state["version"], state["of"]
+            version, of = state["version"], dict(state["of"])
             epoch, batch, workers = int(state["epoch"]), int(state["batch"]), state["workers"]
         except (KeyError, TypeError, ValueError) as error:
             msg = f"wanted what state_dict() gave; got {state!r:.200}"
@@ -243,7 +256,20 @@ class Batches(IterableDataset[Batch]):
         self._epoch, self._batch = self._epoch + 1, 0
 
     def forever(self) -> Iterator[Batch]:
-        """Give batches, epoch after epoch."""
+        """Give batches, epoch after epoch.
+
+        Raises
+        ------
+        ConfigError
+            A worker of a `DataLoader` would wait for ever: there are more than buffers.
+        """
+        worker = get_worker_info()
+        if worker is not None and worker.id >= self._order.windows:
+            msg = (
+                f"an epoch is {self._order.windows} buffers, too few for {worker.num_workers} "
+                "workers: give fewer workers, or a smaller buffer_mb"
+            )
+            raise ConfigError(msg)
         while True:
             yield from self
 
@@ -259,13 +285,14 @@ class Batches(IterableDataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the buffers behind."""
-        return self.__dict__ | {"_memory": _Memory(pin=self._pin)}
+        return self.__dict__ | {"_memory": _Memory()}
 
     def _identity(self) -> dict[str, Any]:
         order = self._order
         return {
             "rows": order.rows,
-            "layers": list(self._selection.names),
+            **self._selection.identity,
+            "dtype": str(self._kind),
             "batch_size": order.batch_size,
             "batches_of_a_buffer": order.window,
             "seed": order.seed,
@@ -278,6 +305,7 @@ class Batches(IterableDataset[Batch]):
     def _read_ahead(self, epoch: Epoch, windows: range) -> Iterator[list[Batch]]:
         """Give the batches of each window, while the next are read; the list is for the taker."""
         pool = ThreadPoolExecutor(self._threads, "actstore-training")
+        finalizing = sys.is_finalizing  # a local, as globals are gone by then
         reading: deque[_Reading] = deque()
         left = iter(windows)
         try:
@@ -294,36 +322,39 @@ class Batches(IterableDataset[Batch]):
                 if not self._prefetch and number >= 0:
                     reading.append(self._begin(epoch, number, pool))
         finally:
-            pool.shutdown(cancel_futures=True)
+            if not finalizing():  # its threads have ended, and what it would use is gone
+                pool.shutdown(cancel_futures=True)
 
     def _begin(self, epoch: Epoch, number: int, pool: ThreadPoolExecutor) -> _Reading:
         """Have a window read."""
         sizes = epoch.sizes(number)
-        count, shape = sum(sizes), self._selection.shape
-        memory = self._memory.take(count * math.prod(shape) * self._kind.itemsize)
-        stand_in = _numpy_of(self._kind)
-        values = memory.view(stand_in).reshape(count, *shape)
-        tensor = torch.from_numpy(values)
-        tensor = tensor if tensor.dtype == self._kind else tensor.view(self._kind)
+        count, kind = sum(sizes), self._kind
+        shape = (count, *self._selection.shape)
+        if self._pin:
+            tensor = torch.empty(shape, dtype=kind, pin_memory=True)
+        else:
+            memory = self._memory.take(math.prod(shape) * kind.itemsize)
+            tensor = torch.from_numpy(memory).view(kind).reshape(shape)
         labels = {
-            name: np.empty(count, column.dtype) for name, column in self._selection.labels.items()
+            name: torch.empty(count, dtype=kind_of(one.dtype, None), pin_memory=self._pin)
+            for name, one in self._selection.labels.items()
         }
+        values = tensor.view(_held_as(kind)).numpy()
+        columns = {name: one.numpy() for name, one in labels.items()}
         futures = [
-            pool.submit(self._read, piece, values, labels) for piece in epoch.pieces(number)
+            pool.submit(self._read, piece, values, columns) for piece in epoch.pieces(number)
         ]
-        return _Reading(futures, sizes, tensor, {
-            name: torch.from_numpy(one) for name, one in labels.items()
-        })  # fmt: skip
+        return _Reading(futures, sizes, tensor, labels)
 
     def _read(
         self, piece: Piece, values: NDArray[Any], labels: Mapping[str, NDArray[Any]]
     ) -> None:
         """Read rows to their places in a window."""
         selection = self._selection
-        several = len(selection.shape) > len(selection.row_shape)
+        several = selection.shape != selection.row_shape
         for place in range(len(selection.names)):
             found = selection.read_unit(place, piece.unit, piece.first, piece.last)
-            found = _converted(found, self._kind, values.dtype)
+            found = _converted(found, self._kind)
             values[(piece.slots, place) if several else piece.slots] = found
         if labels:
             rows = selection.of_unit(piece.unit, piece.first, piece.last)
@@ -354,10 +385,13 @@ class _Reading(NamedTuple):
 
 
 class _Memory:
-    """Buffers that are used again when nothing refers to them: fresh memory costs its pages."""
+    """Buffers that are used again when nothing refers to them: fresh memory costs its pages.
 
-    def __init__(self, *, pin: bool) -> None:
-        self._pin = pin
+    Not for pinned memory: a copy that a device has yet to do refers to nothing. PyTorch's own
+    allocator knows of it, and keeps what it gave until then.
+    """
+
+    def __init__(self) -> None:
         self._buffers: list[NDArray[np.uint8]] = []
         self._alone = _references([np.empty(0, np.uint8)])[0]
 
@@ -371,10 +405,7 @@ class _Memory:
             for one, count in zip(self._buffers, _references(self._buffers), strict=True)
             if count > self._alone
         ]
-        if self._pin:
-            made = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-        else:
-            made = np.empty(nbytes, np.uint8)
+        made = np.empty(nbytes, np.uint8)
         self._buffers.append(made)
         return made[:]
 
@@ -383,7 +414,7 @@ def _references(buffers: list[NDArray[np.uint8]]) -> list[int]:
     return [sys.getrefcount(one) for one in buffers]
 
 
-def _kind_of(source: np.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def kind_of(source: np.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """Give the dtype of tensors."""
     if wanted is not None and not isinstance(wanted, torch.dtype):
         msg = f"dtype must be a torch.dtype; got {wanted!r}"
@@ -391,21 +422,30 @@ def _kind_of(source: np.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted or torch.from_numpy(np.empty(0, source)).dtype
 
 
-def _numpy_of(kind: torch.dtype) -> np.dtype:
-    """Give the NumPy dtype that a tensor's memory is filled as."""
+def _held_as(kind: torch.dtype) -> torch.dtype:
+    """Give the dtype that NumPy has a tensor's memory as."""
     try:
-        return torch.empty(0, dtype=kind).numpy().dtype
+        torch.empty(0, dtype=kind).numpy()
     except TypeError:
-        return np.dtype(_STAND_INS[kind.itemsize])
+        return _STAND_INS[kind.itemsize]
+    return kind
 
 
-def _converted(values: NDArray[Any], kind: torch.dtype, stand_in: np.dtype) -> NDArray[Any]:
+def _converted(values: NDArray[Any], kind: torch.dtype) -> NDArray[Any]:
     """Give values in a tensor's dtype, or what stands for that."""
     tensor = torch.from_numpy(values)
     if tensor.dtype == kind:
         return values
-    held = torch.from_numpy(np.empty(0, stand_in)).dtype
-    return tensor.to(kind).view(held).numpy()
+    return tensor.to(kind).view(_held_as(kind)).numpy()
+
+
+def _check_pinning() -> None:
+    """Refuse to pin memory where nothing wants it pinned."""
+    try:
+        torch.empty(1, pin_memory=True)
+    except RuntimeError as error:
+        msg = f"pin_memory=True needs a GPU, and PyTorch finds none: leave it out ({error})"
+        raise ConfigError(msg) from error
 
 
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from actstore.training.batches import Batch
+from actstore.training.batches import Batch, kind_of
 from actstore.training.selection import Choice, Selection
 
 __all__ = ["RowDataset"]
@@ -25,13 +25,13 @@ class RowDataset(Dataset[Batch]):
 
     Parameters
     ----------
-    path, layers, dtype, labels, rows, padding, dim
+    path, layers, dtype, labels, rows, padding, dim, storage_options
         As for `Batches`; of ``rows``, whatever their order, the first is 0 in the order of the
         axis.
 
     Raises
     ------
-    ConfigError, MissingFileError, FormatError, StreamCorruptError
+    ConfigError, MissingFileError, FormatError, StreamCorruptError, BucketError
         As for `Batches`.
     """
 
@@ -45,11 +45,14 @@ class RowDataset(Dataset[Batch]):
         rows: Any = None,
         padding: bool = False,
         dim: str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        choice = Choice.of(path, layers, labels, rows, padding=padding, dim=dim)
+        choice = Choice.of(
+            path, layers, labels, rows, padding=padding, dim=dim, storage_options=storage_options
+        )
         self._selection = Selection(choice)
-        self._dtype = dtype
+        self._kind = kind_of(self._selection.dtype, dtype)
 
     def __len__(self) -> int:
         """How many rows there are."""
@@ -70,9 +73,9 @@ class RowDataset(Dataset[Batch]):
         parts = [
             torch.from_numpy(selection.read(place, rows)) for place in range(len(selection.names))
         ]
-        several = len(selection.shape) > len(selection.row_shape)
+        several = selection.shape != selection.row_shape
         values = torch.stack(parts, 1) if several else parts[0]
-        values = values if self._dtype is None else values.to(self._dtype)
+        values = values.to(self._kind)
         if not selection.labels:
             return list(values.unbind())
         labels = {name: torch.from_numpy(one[rows]) for name, one in selection.labels.items()}

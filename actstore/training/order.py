@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.arguments import check_count
 from actstore.errors import ConfigError
 
 __all__ = ["Epoch", "Order", "Piece"]
@@ -64,9 +65,9 @@ class Order:
     def __post_init__(self) -> None:
         """Refuse what gives no batches, or some ranks fewer."""
         for name in ("batch_size", "window", "world_size"):
-            _check(name, getattr(self, name), 1)
-        _check("rank", self.rank, 0, self.world_size)
-        _check("seed", self.seed, 0, _SEED)
+            check_count(name, getattr(self, name), 1)
+        check_count("rank", self.rank, 0, self.world_size)
+        check_count("seed", self.seed, 0, _SEED)
         if self.rows < self.world_size:
             msg = f"there are {self.rows} rows, and {self.world_size} ranks want one each"
             raise ConfigError(msg)
@@ -74,6 +75,13 @@ class Order:
             msg = (
                 f"{self.rows} batches of one row can't be as many on each of {self.world_size} "
                 "ranks; give drop_last=True"
+            )
+            raise ConfigError(msg)
+        if not self.batches:
+            msg = (
+                f"{self.rows} rows of {self.world_size} ranks fill no batch of {self.batch_size}, "
+                "and drop_last leaves out what isn't full: give a smaller batch_size, or "
+                "drop_last=False"
             )
             raise ConfigError(msg)
 
@@ -161,12 +169,3 @@ class Epoch:
     def _batches(self, window: int) -> range:
         each = self.order.window
         return range(window * each, min((window + 1) * each, self.order.batches))
-
-
-def _check(name: str, value: object, least: int, end: int | None = None) -> None:
-    """Refuse what is no integer from the least to before the end."""
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    if not integer or value < least or (end is not None and value >= end):  # type: ignore[operator] # it is an int
-        most = "" if end is None else f" and less than {end}"
-        msg = f"{name} must be an int of at least {least}{most}; got {value!r}"
-        raise ConfigError(msg)

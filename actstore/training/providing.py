@@ -77,11 +77,14 @@ def sae_lens_provider(
     ConfigError
         The batches have labels, or are no vectors of floats.
     """
-    several = len(batches.shape) == 2
-    if batches.labels or not batches.dtype.is_floating_point or len(batches.shape) > 2:
+    if not isinstance(batches, Batches):
+        msg = f"sae_lens_provider takes Batches; got {batches!r:.200}"
+        raise ConfigError(msg)
+    several = batches.shape != batches.row_shape
+    if batches.labels or not batches.dtype.is_floating_point or len(batches.row_shape) != 1:
         msg = (
             "SAELens trains on vectors of floats without labels; got rows of shape "
-            f"{batches.shape}, {batches.dtype}, with labels {batches.labels!r}"
+            f"{batches.row_shape}, {batches.dtype}, with labels {batches.labels!r}"
         )
         raise ConfigError(msg)
     named = hook_names or {}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,10 +20,12 @@ from numpy.typing import NDArray
 
 from actstore import files
 from actstore.accessor import TokenAxis, token_axes
+from actstore.buckets import RemotePath, remote
 from actstore.dataset import chunk_reader, layer_reader, open_lazily
 from actstore.errors import ConfigError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.resume import is_log
+from actstore.stream.segments import is_segmented
 
 __all__ = ["Choice", "Selection"]
 
@@ -36,7 +40,7 @@ class Choice:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
         A log or an archive.
     layers : str or tuple of str
         A layer, or a site for all of its layers; or several layers.
@@ -50,7 +54,7 @@ class Choice:
         The token axis.
     """
 
-    path: Path
+    path: Path | RemotePath
     layers: str | tuple[str, ...]
     labels: tuple[str, ...] = ()
     rows: NDArray[Any] | None = None
@@ -67,6 +71,7 @@ class Choice:
         *,
         padding: bool,
         dim: str | None,
+        storage_options: Mapping[str, Any] | None,
     ) -> Choice:
         """Check what a user chose, as far as that goes without opening it."""
         named = layers if isinstance(layers, str) else tuple(layers)
@@ -80,7 +85,8 @@ class Choice:
             said = f"{chosen.dtype} {chosen.shape}"
             msg = f"rows must be one-dimensional, bools or integers; got {said}"
             raise ConfigError(msg)
-        place = files.existing(path, "actstore.training").absolute()
+        far = remote(path, storage_options)
+        place = far or files.existing(path, "actstore.training").absolute()
         return cls(place, named, tuple(labels), chosen, padding, dim)
 
 
@@ -139,6 +145,19 @@ class Selection:
         """How many rows are chosen."""
         return self.rows if self.kept is None else self.kept.size
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Which rows of which runs these are, in which order, in values that JSON has."""
+        return {
+            "runs": [one.get("run_id") for one in self._dataset.attrs.get("runs", ())],
+            "layout": self._dataset.attrs.get("layout"),
+            "shuffle_seed": self._dataset.attrs.get("shuffle_seed"),
+            "layers": list(self.names),
+            "labels": list(self.labels),
+            "crc32_of_counts": zlib.crc32(self.counts()),
+            "crc32_of_rows": None if self.kept is None else zlib.crc32(self.kept),
+        }
+
     def counts(self) -> Integers:
         """Give the chosen rows of each unit."""
         bounds = np.append(np.arange(0, self.rows, self.unit), self.rows)
@@ -157,6 +176,12 @@ class Selection:
     def read(self, place: int, rows: Integers) -> NDArray[Any]:
         """Read rows of the axis of one of the layers: [n, *row_shape]."""
         if self._process != os.getpid():
+            if isinstance(self.choice.path, RemotePath):  # connections don't outlive a fork
+                msg = (
+                    f"{self.choice.path} can't be read by a process that was forked: give the "
+                    'DataLoader multiprocessing_context="spawn", or no workers'
+                )
+                raise ConfigError(msg)
             with self._lock:
                 if self._process != os.getpid():  # files are not shared with another process
                     self._open()
@@ -225,11 +250,16 @@ class Selection:
     def _unit(self, variable: xr.Variable, axis: int) -> int:
         stored = variable.encoding.get("chunks")
         unit = int(stored[axis]) if stored else 1
-        path = self.choice.path
-        if path.is_file() and (is_log(path) or is_legacy(path)):
+        if _is_log(self.choice.path):
             row = int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
             unit = max(_OF_A_LOG // max(row, 1), unit)
         return min(unit, self.rows)
+
+
+def _is_log(path: Path | RemotePath) -> bool:
+    if isinstance(path, RemotePath):
+        return is_segmented(path)
+    return path.is_file() and (is_log(path) or is_legacy(path))
 
 
 def _resolve(

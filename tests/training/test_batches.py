@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,9 +36,9 @@ SMALL = {"batch_size": 32, "buffer_mb": 0.02}
 KINDS = ("shuffled", "captured", "zip", "h5", "log", "nmse")
 
 
-def made_log(path: Path) -> Path:
+def made_log(path: Path, run: str = "first") -> Path:
     """Write a log of random values, a part of them padding, whose last layer lacks a pass."""
-    log = LogBuilder(path)
+    log = LogBuilder(path, run=run)
     for block in range(BLOCKS):
         log.layer(f"model.layers.{block}", "resid", block)
     log.layer("lm_head", "logits")
@@ -254,6 +256,22 @@ def test_a_state_of_a_worker_goes_on_there(run: dict[str, Path]) -> None:
     ]
 
 
+def test_a_worker_without_batches_does_not_wait_for_ever(run: dict[str, Path]) -> None:
+    loader = DataLoader(_Endless(run["shuffled"]), batch_size=None, num_workers=2, timeout=60)
+    with pytest.raises(ConfigError, match="too few for 2 workers"):
+        list(loader)
+
+
+class _Endless(torch.utils.data.IterableDataset):  # type: ignore[misc] # torch's is untyped
+    """Gives batches of an epoch of a single buffer, without an end."""
+
+    def __init__(self, path: Path) -> None:
+        self._batches = Batches(path, LAYER)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches.forever()
+
+
 class _Stateful(torch.utils.data.IterableDataset):  # type: ignore[misc] # torch's is untyped
     """Gives batches with the state behind each, as a stateful loader asks for it in a worker."""
 
@@ -300,10 +318,16 @@ def test_what_is_refused(run: dict[str, Path]) -> None:
         ("rows must be from 0", {"rows": [10**6]}),
         ("twice", {"rows": [1, 1]}),
         ("bools", {"rows": [True]}),
+        ("fill no batch of 100000", {"batch_size": 100_000, "drop_last": True}),
+        *(("buffer_mb must be", {"buffer_mb": one}) for one in (np.nan, np.inf, "x", -3, None)),
     ]
+    if not torch.cuda.is_available():
+        wrong.append(("pin_memory=True needs a GPU", {"pin_memory": True}))
     for said, options in wrong:
         with pytest.raises(ConfigError, match=said):
             Batches(path, LAYER, **options)
+    with pytest.raises(ConfigError, match="dtype must be"):
+        RowDataset(path, LAYER, dtype="bfloat16")
     with pytest.raises(ConfigError, match="no layer"):
         Batches(path, "model.layers.9")
     with pytest.raises(ConfigError, match="one shape"):
@@ -313,6 +337,64 @@ def test_what_is_refused(run: dict[str, Path]) -> None:
         Batches(path, LAYER, seed=1).load_state_dict(state)
     with pytest.raises(ConfigError, match=r"state_dict\(\) gave"):
         Batches(path, LAYER).load_state_dict({})
+
+
+def test_a_state_of_other_rows_is_refused(run: dict[str, Path], tmp_path: Path) -> None:
+    every = actstore.open_dataset(run["captured"]).sizes["token"]
+    mine = np.arange(every) % 2 == 0
+    options: dict[str, Any] = {"padding": True, "batch_size": 8}
+    state = Batches(run["captured"], LAYER, rows=mine, **options).state_dict()
+    state = json.loads(json.dumps(state))
+    Batches(run["captured"], LAYER, rows=mine, **options).load_state_dict(state)
+    others: dict[str, dict[str, Any]] = {
+        "crc32_of_rows": {"rows": np.roll(mine, 1)},
+        "labels": {"rows": mine, "labels": ["position"]},
+        "dtype 'torch.float32', not 'torch.float64'": {"rows": mine, "dtype": torch.float64},
+    }
+    for said, other in others.items():
+        with pytest.raises(ConfigError, match=f"other batches.*{said}"):
+            Batches(run["captured"], LAYER, **options, **other).load_state_dict(state)
+    state = Batches(run["shuffled"], LAYER).state_dict()
+    for kind in ("zip", "h5"):  # the same archive
+        Batches(run[kind], LAYER).load_state_dict(state)
+    with pytest.raises(ConfigError, match="shuffle_seed 5, not 0"):
+        Batches(run["nmse"], LAYER).load_state_dict(state)
+    with pytest.raises(ConfigError, match="layout 'shuffled', not None"):
+        Batches(run["captured"], LAYER).load_state_dict(state)
+    another = made_log(tmp_path / "run.stream", run="another")
+    state = Batches(run["log"], LAYER).state_dict()
+    with pytest.raises(ConfigError, match=r"runs .*, not \['another'\]"):
+        Batches(another, LAYER).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"state_dict\(\) gave"):
+        Batches(another, LAYER).load_state_dict(state | {"of": 3})
+
+
+def test_a_process_that_ends_amid_an_epoch_says_nothing(run: dict[str, Path]) -> None:
+    code = f"""
+from actstore.training import Batches, sae_lens_provider
+batches = iter(Batches({str(run["zip"])!r}, {LAYER!r}, batch_size=2, buffer_mb=1e-3))
+provider = sae_lens_provider(Batches({str(run["zip"])!r}, {LAYER!r}, batch_size=2))
+print(next(batches).shape, next(provider).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.count(str(WIDTH)) == 2
+    assert done.stderr == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_copies_that_a_device_is_late_with_are_of_their_own_batches(run: dict[str, Path]) -> None:
+    options = {"labels": ["position"], **SMALL}
+    wanted = list(Batches(run["shuffled"], LAYER, **options))
+    torch.cuda._sleep(1 << 31)  # cycles: longer than an epoch takes
+    found = []
+    for batch in Batches(run["shuffled"], LAYER, pin_memory=True, **options):
+        assert all(one.is_pinned() for one in batch.values())
+        found.append({name: one.to("cuda", non_blocking=True) for name, one in batch.items()})
+        del batch
+    torch.cuda.synchronize()
+    for one, other in zip(found, wanted, strict=True):
+        assert all(torch.equal(one[name].cpu(), other[name]) for name in other)
 
 
 def test_a_damaged_chunk_is_an_error_in_its_batch(run: dict[str, Path], tmp_path: Path) -> None:

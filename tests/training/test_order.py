@@ -56,6 +56,7 @@ def test_ranks_have_disjoint_rows_and_equally_many_batches(
         "drop_last": drop, "world_size": world,
     }  # fmt: skip
     odd = total < world or (batch == 1 and total % world and not drop)
+    odd = odd or (drop and total // world < batch)
     if odd:
         with pytest.raises(ConfigError):
             order(counts, **options)

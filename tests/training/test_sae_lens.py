@@ -75,6 +75,19 @@ def test_several_layers_are_given_by_name(archive: Path) -> None:
     }
 
 
+def test_rows_that_are_no_vectors_are_refused(tmp_path: Path) -> None:
+    log = LogBuilder(tmp_path / "run.stream")
+    log.layer("heads", "heads")
+    log.begin(axis(2, 8))
+    log.put("heads", np.zeros((2, 8, 3, 4), np.float32))
+    log.commit()
+    path = log.close()
+    with pytest.raises(ConfigError, match=r"rows of shape \(3, 4\)"):
+        sae_lens_provider(Batches(path, "heads"))
+    with pytest.raises(ConfigError, match="takes Batches"):
+        sae_lens_provider(path)
+
+
 def test_labels_are_refused(archive: Path) -> None:
     with pytest.raises(ConfigError, match="without labels"):
         sae_lens_provider(Batches(archive, "model.layers.1", labels=["token_id"]))
