@@ -46,7 +46,8 @@ class InstrumentationFramework:
     summary : mapping
         What the last capture did: packets, bytes, rates, waits, layers that never fired.
     progress : callable, optional
-        Is given a line every five seconds of a capture, by a thread of it; such as `print`.
+        Is given a line every five seconds of a capture, by a thread of it; such as `print`. When
+        it raises, the logger ``actstore`` is told, and it is given no more.
     spool : path, optional
         Of captures into a bucket the folder for what waits for its upload; by default the working
         directory.
@@ -98,7 +99,8 @@ class InstrumentationFramework:
         hooks : HookConfig, optional
             The fine control of what is hooked.
         tokenizer : object, optional
-            With ``decode([id])``: the log then holds the text of every token that is fed.
+            With ``decode([id])``: the log then holds the text of every token that is fed. An id
+            that it raises at has none, which a warning says at the end; nor has a negative one.
         name : str, optional
             What its layers are called by where several models are captured into one log.
         parallel : Parallel, optional

@@ -98,6 +98,8 @@ class Hooks:
         The index of the last pass that began, or -1.
     names : list of str
         The layers that are hooked.
+    without_text : dict of int to Exception
+        Ids that were fed and that the tokenizer gave no text of, and what it raised.
     """
 
     def __init__(  # noqa: PLR0913 - what a run begins with, given once by the session
@@ -129,6 +131,7 @@ class Hooks:
         self._tokenizer = tokenizer
         self._sharding = sharding
         self._modules = {target.name: target for target in targets}
+        self.without_text: dict[int, Exception] = {}
         self._texts: set[int] = set()
         self._unread: deque[FedAxis | Axis] = deque()  # whose texts are wanted
         self._flush = flush_at_pass_end
@@ -387,9 +390,14 @@ class Hooks:
                 axis = axis.axis()
             fed |= set(np.unique(axis.token_ids).tolist())
             self._unread.popleft()
-        new = sorted(fed - self._texts - {-1})
-        texts = {one: str(self._tokenizer.decode([one])) for one in new}
+        new = [one for one in sorted(fed - self._texts) if one >= 0]  # others stand for no token
         self._texts.update(new)
+        texts = {}
+        for one in new:
+            try:
+                texts[one] = str(self._tokenizer.decode([one]))
+            except Exception as error:  # the user's: no reason to end the model's forward
+                self.without_text[one] = error
         return texts
 
     # -- layers ---------------------------------------------------------------------------------

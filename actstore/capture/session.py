@@ -479,6 +479,12 @@ class Capture:
             )
         if summary["skipped"]:
             told.append(f"these outputs can't be kept: {_some(list(summary['skipped']))}")
+        if self.hooks.without_text:
+            token_id, error = next(iter(self.hooks.without_text.items()))
+            told.append(
+                f"the tokenizer gave no text of {len(self.hooks.without_text)} ids that were fed, "
+                f"such as {token_id}: {error!r}; their rows have none"
+            )
         waited = summary["waited_seconds"] >= _MUCH
         if waited and summary["limited_by"] not in (None, "model"):
             told.append(

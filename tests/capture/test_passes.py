@@ -14,8 +14,9 @@ import torch
 from oracle import Oracle, assert_equals, capturing, framework, hooks_of, quiet, read
 from tiny_models import Apply, Each, build, sequential, token_ids
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
-from actstore.errors import ActstoreError, CaptureError, ConfigError
+from actstore.errors import ActstoreError, ActstoreWarning, CaptureError, ConfigError
 from actstore.packet import PassInfo
 from actstore.stream.reader import open_stream
 
@@ -524,23 +525,24 @@ def test_a_tokenizer_is_asked_once_for_the_text_of_every_id_that_is_fed(log: Pat
         assert dict(reader.token_texts) == {5: "<5>\ud83d", 6: "<6>", 7: "<7>"}
 
 
-def test_texts_are_asked_again_of_a_tokenizer_that_failed(log: Path) -> None:
-    class Failing(Tokenizer):
-        def decode(self, ids: list[int]) -> str:
-            if not self.asked:
-                self.asked.append(-1)
-                raise ZeroDivisionError
-            return super().decode(ids)
-
-    model, one = build("llama"), framework()
-    one.instrument_model(model, tokenizer=Failing())
-    with quiet(), one.capture_activations(log), torch.no_grad():
-        with pytest.raises(ZeroDivisionError):
-            model(torch.tensor([[6]]))
-        model(torch.tensor([[6]]))
+def test_a_tokenizer_that_raises_leaves_out_a_text_and_warns_once(log: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("examples/tiny-llama")
+    model, one = Each(embed=lambda ids: ids * 2), framework()
+    one.instrument_model(model, tokenizer=tokenizer)
+    with (
+        quiet(),
+        pytest.warns(ActstoreWarning) as told,
+        torch.no_grad(),
+        one.capture_activations(log),
+    ):
+        model(torch.tensor([[1, -200, 3]]))  # an image's place, as LLaVA has it
+        model(torch.tensor([[1 << 40, 1 << 41, 4]]))
+        model(torch.tensor([[1 << 40]]))
+    (text,) = [str(each.message) for each in told]
+    assert f"no text of 2 ids that were fed, such as {1 << 40}: OverflowError(" in text
     with open_stream(log) as reader:
-        assert dict(reader.token_texts) == {6: "<6>"}
-        assert [one.index for one in reader.passes] == [0]
+        assert dict(reader.token_texts) == {id_: tokenizer.decode([id_]) for id_ in (1, 3, 4)}
+        assert [each.aborted for each in reader.passes] == [False] * 3
 
 
 def test_a_tokenizer_without_decode_is_refused() -> None:
