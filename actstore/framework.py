@@ -257,6 +257,11 @@ class InstrumentationFramework:
     def annotate(self, **labels: Any) -> None:
         """Label the batch items of the next pass: kept in the log, coordinates of its rows.
 
+        Passes that go on from it have the labels too, such as the steps of ``generate``: those
+        that are fed behind the same cache, as long as that holds something, or what the same
+        call of an encoder gave. What is annotated later is added to them, or takes their place.
+        A pass that raises has taken its labels: annotate again before it is tried again.
+
         Parameters
         ----------
         **labels : sequence

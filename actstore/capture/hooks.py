@@ -7,13 +7,14 @@ it would compute without it. What is hooked is ``select.py``'s business, what be
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from actstore.capture.device import Crossings
 from actstore.capture.outputs import Choice, LayerState, Live, Outputs, first_tensor, tensors_of
@@ -30,6 +32,7 @@ from actstore.capture.passes import (
     Fed,
     FedAxis,
     cache_of,
+    is_filled,
     read_axes,
     read_inputs,
     read_rows,
@@ -136,6 +139,8 @@ class Hooks:
         self._unread: deque[FedAxis | Axis] = deque()  # whose texts are wanted
         self._flush = flush_at_pass_end
         self._annotations: dict[str, list[Any]] = {}
+        #: cache, or what an encoder gave -> the labels of its batch items
+        self._labelled: MutableMapping[Any, Mapping[str, list[Any]]] = WeakIdKeyDictionary()
         self._pass: Fed | None = None
         self._thread = 0
         self._fed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -252,8 +257,13 @@ class Hooks:
     # -- what a run did -------------------------------------------------------------------------
 
     def annotate(self, labels: Mapping[str, list[Any]]) -> None:
-        """Keep labels for the batch items of the next pass."""
+        """Keep labels for the batch items of the next pass, and of those that go on from it."""
         self._annotations.update(labels)
+
+    @property
+    def unused_labels(self) -> list[str]:
+        """Labels that wait for a pass."""
+        return list(self._annotations)
 
     def never_fired(self) -> list[str]:
         """Give the names of the layers that gave no packet in this capture."""
@@ -299,11 +309,14 @@ class Hooks:
         else:
             self._add_axes(read_axes(axis, arguments), arguments)
 
-    def _leave_pass(self, module: nn.Module, _args: Any, _output: Any) -> None:
+    def _leave_pass(self, module: nn.Module, _args: Any, output: Any) -> None:
         elsewhere = threading.get_ident() != self._thread or self._forks != _forks
         if torch._C._current_graph_task_id() != -1 or elsewhere:
             return  # a second thread was refused: its failing forward is not the pass that runs
         if self._entries.leave(module) and self._pass is not None:
+            if self._pass.annotations and isinstance(output, Mapping):
+                self._label(cache_of(output), self._pass.annotations)
+                self._label(output, self._pass.annotations)
             self._close_pass(aborted=self._entries.raised())
 
     def _block_hook(self, axis: str) -> Any:
@@ -353,6 +366,9 @@ class Hooks:
         except BaseException:
             self._entries.forget()
             raise
+        if annotations or self._labelled:
+            annotations = {**self._labels_of(arguments, axes), **annotations}
+            self._label(cache_of(arguments), annotations)
         self._outputs.begin_pass()
         for one in axes:
             self._count(one, arguments)
@@ -363,6 +379,24 @@ class Hooks:
         self.last_pass = fed.index
         self._pass = fed
         self._live.thread = self._thread if self._choice.plain else 0
+
+    def _label(self, what: Any, labels: Mapping[str, list[Any]]) -> None:
+        """Keep the labels of the batch items that a cache, or what an encoder gave, is of."""
+        with contextlib.suppress(TypeError):  # what can't be referred to weakly, such as a tuple
+            self._labelled[what] = labels
+
+    def _labels_of(
+        self, arguments: Mapping[str, Any], axes: Sequence[FedAxis]
+    ) -> Mapping[str, list[Any]]:
+        """Give the labels of the batch items that a pass goes on with."""
+        cache, encoded = cache_of(arguments), arguments.get("encoder_outputs")
+        for what in (cache, encoded):
+            with contextlib.suppress(TypeError):  # as above
+                labels = self._labelled.get(what, {})
+                fits = axes and all(len(one) == axes[-1].batch for one in labels.values())
+                if labels and fits and (what is encoded or is_filled(what)):
+                    return labels
+        return {}
 
     def _close_pass(self, *, aborted: bool) -> None:
         assert self._pass is not None  # noqa: S101 - callers asked

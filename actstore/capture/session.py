@@ -479,6 +479,11 @@ class Capture:
             )
         if summary["skipped"]:
             told.append(f"these outputs can't be kept: {_some(list(summary['skipped']))}")
+        if self.hooks.unused_labels:
+            told.append(
+                f"no pass followed that takes the labels {_some(self.hooks.unused_labels)}; call "
+                "annotate before the model"
+            )
         if self.hooks.without_text:
             token_id, error = next(iter(self.hooks.without_text.items()))
             told.append(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -454,6 +455,72 @@ def test_annotations_label_the_next_pass_alone(log: Path) -> None:
         "weight": [0.5, 2.0],
         "good": [True, False],
     }
+
+
+def _labels(log: Path) -> list[Any]:
+    return [one.annotations.get("sample_id") for one in _passes(log)]
+
+
+def test_the_steps_of_a_generation_have_the_labels_of_its_prompt(log: Path) -> None:
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    ids, model, one = token_ids(), build("llama"), framework()
+    one.instrument_model(model)
+    with quiet(), one.capture_activations(log), torch.no_grad():
+        one.annotate(sample_id=["a", "b"])
+        model.generate(ids, **how)
+        model.generate(ids, **how)  # nobody says of what
+        for names in (["c", "d", "c", "d"], ["e", "f"] * 2):
+            one.annotate(sample_id=names)
+            model.generate(ids, num_beams=2, **how)
+        assert ids.shape[0] == 2
+    beams = [["c", "d", "c", "d"]] * 3 + [["e", "f"] * 2] * 3
+    assert _labels(log) == [["a", "b"]] * 3 + [None] * 3 + beams
+
+
+@pytest.mark.parametrize("name", ["T5", "Mamba"])
+def test_models_of_other_kinds_go_on_with_their_labels_too(name: str, log: Path) -> None:
+    model, one = families.build(name), framework()
+    one.instrument_model(model)
+    with quiet(), one.capture_activations(log), torch.no_grad():
+        for sample in ("a", "b"):
+            one.annotate(sample_id=[sample] * 2)
+            model.generate(token_ids(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    labels = _labels(log)
+    half = len(labels) // 2
+    assert labels == [["a"] * 2] * half + [["b"] * 2] * half
+    assert half == 3 + (name == "T5")  # its encoder has a pass of its own
+
+
+def test_labels_go_on_behind_a_cache_until_it_is_emptied_or_others_are_given(log: Path) -> None:
+    model, one, cache = build("llama"), framework(), None
+    one.instrument_model(model)
+    with quiet(), one.capture_activations(log), torch.no_grad():
+        one.annotate(sample_id=["a"])
+        for _ in range(2):
+            cache = model(torch.tensor([[1, 2]]), cache=cache, use_cache=True).cache
+        one.annotate(turn=[2])
+        for _ in range(2):
+            model(torch.tensor([[3]]), cache=cache)
+        cache.batch_repeat_interleave(2)
+        model(torch.tensor([[3], [4]]), cache=cache)  # other items: no one knows which
+        cache.reset()
+        for _ in range(2):
+            model(torch.tensor([[5]]), cache=cache)
+    first, then = {"sample_id": ["a"]}, {"sample_id": ["a"], "turn": [2]}
+    found = [dict(info.annotations) for info in _passes(log)]
+    assert found == [first, first, then, then, {}, {}, {}]
+
+
+def test_labels_that_no_pass_takes_are_warned_of(log: Path) -> None:
+    model, one = sequential(), framework()
+    one.instrument_model(model)
+    with (
+        quiet(),
+        pytest.warns(ActstoreWarning, match="no pass followed .* labels 'sample_id', 'split'"),
+        one.capture_activations(log),
+    ):
+        model(torch.ones(1, 8))
+        one.annotate(sample_id=["a"], split=["x"])
 
 
 def test_the_later_of_two_annotations_of_a_label_counts(log: Path) -> None:
