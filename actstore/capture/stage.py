@@ -393,6 +393,7 @@ class Stage:
         with self._lock:
             while self._free:
                 self.memory.give_back(self._free.pop())
+        self.memory.trim()
 
     def fail(self, error: BaseException) -> None:
         """Let every later call, and everyone who waits, raise a `CaptureError`."""
