@@ -31,7 +31,7 @@ from actstore.clusters import check_client
 from actstore.compaction import CompactionReport, Pathlike, Progress
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Content, dense_jobs, ragged_jobs
-from actstore.compaction.executing import check_workers
+from actstore.compaction.executing import workers_of
 from actstore.compaction.logs import Reader, element_reader, opened, paths_of, row_reader
 from actstore.compaction.writing import write_archive
 from actstore.errors import ArchiveError, ConfigError
@@ -48,7 +48,7 @@ def append(
     archive: Pathlike,
     *,
     tokenizer: Any = None,
-    workers: int = 2,
+    workers: int | None = None,
     max_memory_gb: float = 1.0,
     client: Any = None,
     progress: Progress | None = None,
@@ -85,7 +85,7 @@ def append(
         As for `open_stream` and `open_dataset`.
     """
     began = time.monotonic()
-    check_workers(workers)
+    threads = workers_of(workers)
     check_client(client)
     place = files.existing(archive, "append").absolute()
     _Old.open(place)  # refuses what is none before anything is made beside it
@@ -95,7 +95,7 @@ def append(
         shutil.rmtree(grown, ignore_errors=True)  # of a call that was killed before its last step
         recipe = _Growth(tuple(path.absolute() for path in paths_of(streams)), place)
         with recipe.made(tokenizer) as (content, jobs):
-            executor = chosen(client, recipe, content, jobs, workers, max_memory_gb)
+            executor = chosen(client, recipe, content, jobs, threads, max_memory_gb)
             made = write_archive(
                 content, jobs, grown, old.attributes["profile"], executor, progress
             )

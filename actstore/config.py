@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from enum import Enum
 from numbers import Real
 from typing import Any, Self
 
+from actstore import machine
 from actstore.errors import ConfigError
 
 __all__ = ["HookConfig", "HookGranularity", "InstrumentationConfig", "Rows", "TargetLayers"]
@@ -57,7 +57,8 @@ class InstrumentationConfig:
         summary says whether it was reached and what limited it.
     max_memory_gb : float, optional
         A hard budget, in 10**9 bytes, over all that is staged, sealed and encoded. By default a
-        quarter of the host's memory. Past it, the model waits; nothing is dropped.
+        quarter of the memory that the process may use: the host's, or its container's. Past it,
+        the model waits; nothing is dropped.
 
     Raises
     ------
@@ -138,7 +139,7 @@ class InstrumentationConfig:
         """The memory budget in bytes."""
         if self.max_memory_gb is not None:
             return int(self.max_memory_gb * _GIGABYTE)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        return max(machine.memory() // 4, _LEAST_BUDGET)
 
 
 @dataclass(frozen=True, slots=True)

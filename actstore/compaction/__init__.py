@@ -19,7 +19,7 @@ from actstore.buckets import RemotePath, remote
 from actstore.clusters import check_client
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Wanted
-from actstore.compaction.executing import SENT_GB, check_workers
+from actstore.compaction.executing import SENT_GB, workers_of
 from actstore.compaction.logs import Pathlike, path_of, paths_of
 from actstore.compaction.recipe import OfLogs
 from actstore.compaction.writing import Progress, write_archive
@@ -28,7 +28,6 @@ from actstore.stream import segments
 
 __all__ = ["CompactionReport", "Pathlike", "Progress", "compact", "discard"]
 
-_WORKERS: Final = 2
 _MEMORY_GB: Final = 1.0
 
 
@@ -102,7 +101,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     tokenizer: Any = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
-    workers: int = _WORKERS,
+    workers: int | None = None,
     max_memory_gb: float = _MEMORY_GB,
     client: Any = None,
     remove_logs: bool = False,
@@ -164,8 +163,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         With ``decode([id])``: gives the rows' ``token_text``.
     shapes, dtypes : mapping, optional
         Of a log of ``llm-instrumentation``, which holds none: as for `open_stream`.
-    workers : int
-        Threads, at most; each holds an encoded shard of about 64 MiB. On a cluster, workers have
+    workers : int, optional
+        Threads, at most; by default as many as the process has cores. Each holds an encoded shard
+        of about 64 MiB. On a cluster, workers have
         as many as they were started with.
     max_memory_gb : float
         GB of memory, over what the process had, beside the tables of the logs and the labels of
@@ -213,7 +213,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     paths, target = paths_of(streams, storage_options), path_of(out, storage_options)
     shards.check_profile(profile)
     drawn = check_layout(layout, seed)
-    check_workers(workers)
+    threads = workers_of(workers)
     check_client(client)
     waiting = uploads.spool_of(spool, paths[0])
     if isinstance(target, RemotePath):
@@ -225,7 +225,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     )
     sent = SENT_GB if isinstance(target, RemotePath) else 0.0
     with recipe.made(tokenizer) as (content, mine):
-        executor = chosen(client, recipe, content, mine, workers, max_memory_gb - sent)
+        executor = chosen(client, recipe, content, mine, threads, max_memory_gb - sent)
         made = write_archive(content, mine, target, profile, executor, progress, waiting)
     if remove_logs:
         for path in paths:

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, Protocol
 
+from actstore import machine
 from actstore.archive import jobs, shards
 from actstore.archive.grid import SHARD_BYTES
 from actstore.archive.jobs import Job, Written
@@ -23,9 +24,9 @@ __all__ = [
     "Executor",
     "Sending",
     "Threads",
-    "check_workers",
     "fitting",
     "unverified",
+    "workers_of",
     "write_shard",
 ]
 
@@ -144,11 +145,20 @@ def fitting(jobs: Sequence[Job], workers: int, gigabytes: float, beside: int = 0
     return min(workers, threads)
 
 
-def check_workers(workers: int) -> None:
-    """Refuse a number of threads that is none."""
+def workers_of(workers: int | None) -> int:
+    """Give how many threads are meant: as many as there are cores, where nothing is said.
+
+    Raises
+    ------
+    ConfigError
+        It is no number of threads.
+    """
+    if workers is None:
+        return machine.cores()
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        msg = f"workers must be a positive int; got {workers!r}"
+        msg = f"workers must be a positive int or None; got {workers!r}"
         raise ConfigError(msg)
+    return workers
 
 
 def write_shard(job: Job, folder: Path, profile: str) -> Written:
