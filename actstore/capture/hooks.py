@@ -13,11 +13,11 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
 from actstore.packet import MAIN_AXES, Axis, LayerInfo
 
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")  # how a module's attributes begin
+_STATE: Final = 2  # its place in what an object is reduced to
 _forks = 0  # of this process from the one that imported this
 _attached: weakref.WeakSet[Hooks] = weakref.WeakSet()
 
@@ -175,6 +177,10 @@ class Hooks:
                 )
                 if self._choice.stop:
                     self._handles.append(_Stoppable(module, self._stopped))
+            ids = {one.id for one in self._handles if not isinstance(one, _Stoppable)}
+            hooked = {*self._entries.names, *(stack.blocks[0] for stack in self._stacks)}
+            for module in hooked | {target.module for target in self._targets}:
+                self._handles.append(_Uncopied(module, ids))
         except BaseException:
             self._remove()
             raise
@@ -490,6 +496,38 @@ def _weights(output: Any) -> Tensor | None:
     return found[-1] if found else None  # T5's position bias stands before them
 
 
+class _Uncopied:
+    """Leaves what a capture put into a module out of its copies, pickled or not, until removed.
+
+    It stands in the module alone: hooks that could be copied would cost more at every firing.
+    """
+
+    def __init__(self, module: nn.Module, ids: set[int]) -> None:
+        self._module = module
+        self._ids = ids
+        module.__dict__["__reduce_ex__"] = self._reduce
+
+    def _reduce(self, protocol: SupportsIndex) -> Any:
+        made = type(self._module).__reduce_ex__(self._module, protocol)
+        if isinstance(made, str) or len(made) <= _STATE or not isinstance(made[_STATE], dict):
+            return made
+        state = {
+            name: OrderedDict(one for one in value.items() if one[0] not in self._ids)
+            if name.startswith(_HOOKS)
+            else value
+            for name, value in made[_STATE].items()
+            if name != "__reduce_ex__"
+        }
+        stoppable = getattr(state.get("forward"), "stoppable", None)
+        if stoppable is not None:
+            stoppable.restore(state)
+        return *made[:_STATE], state, *made[_STATE + 1 :]
+
+    def remove(self) -> None:
+        """Let the module be copied as it was before."""
+        self._module.__dict__.pop("__reduce_ex__", None)
+
+
 class _Stoppable:
     """Lets a module's call end in None when its forward is stopped, until it is removed."""
 
@@ -507,13 +545,17 @@ class _Stoppable:
                     return None
                 raise
 
+        stoppable.stoppable = self  # type: ignore[attr-defined]
         self._stoppable = module.forward = stoppable
 
     def remove(self) -> None:
         """Give the module its own forward again, if nobody has given it another since."""
-        if self._module.__dict__.get("forward") is not self._stoppable:
-            return
+        if self._module.__dict__.get("forward") is self._stoppable:
+            self.restore(self._module.__dict__)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put the forward into a module's attributes that it had before."""
         if self._own:
-            self._module.forward = self._before
+            state["forward"] = self._before
         else:
-            del self._module.forward
+            del state["forward"]

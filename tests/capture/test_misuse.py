@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -441,6 +444,44 @@ def test_an_interrupt_while_hooks_are_taken_away_is_not_hidden(
     assert not hooks_of(model)
     with open_stream(log) as reader:
         assert reader.packet_count == 1
+
+
+def _saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _seen(*_: Any) -> None:
+    """Be a hook that can be pickled."""
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, _saved, lambda one: pickle.loads(pickle.dumps(one))]
+)
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_copy_of_a_model_that_is_captured_is_a_model_without_hooks_of_ours(
+    how: Callable[[Any], Any], stop: bool, log: Path
+) -> None:
+    model = sequential()
+    handle = model[0].register_forward_hook(_seen)
+    hooks = HookConfig(stop_after_last_layer=stop, target_layers=["0", "1"])
+    wanted = model(torch.ones(1, 8))
+    with capturing(model, log, hooks=hooks):
+        model(torch.ones(1, 8))
+        other, part = how(model), how(model[0])
+        assert torch.equal(other(torch.ones(1, 8)), wanted)
+        assert part(torch.ones(1, 8)).shape == (1, 16)
+        with torch.no_grad():
+            other[0].weight.zero_()
+        assert not torch.equal(other(torch.ones(1, 8)), wanted)  # its own forward, not ours
+        model(torch.ones(1, 8))
+    assert [one.layer for one in read(log)] == ["0", "1"] * 2
+    assert hooks_of(other) == hooks_of(model) == ["0"]
+    assert list(part._forward_hooks.values()) == [_seen]
+    assert {"forward", "__reduce_ex__"}.isdisjoint({*vars(other), *vars(other[0]), *vars(model)})
+    handle.remove()
 
 
 def test_hooks_of_others_stay_where_they_are(log: Path) -> None:
