@@ -5,9 +5,12 @@ torch is imported when a model is instrumented, not before: analysing needs none
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,21 @@ if TYPE_CHECKING:
     from actstore.capture.tokens import _TokenBoundaryTracker
 
 __all__ = ["InstrumentationFramework", "analyze_activations_with_tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What was said of a model that is instrumented; nothing that keeps the model alive."""
+
+    hooks: HookConfig
+    tokenizer: Any
+    name: str
+    given: weakref.ref[torch.nn.Module]
+    parallel: Parallel | None
+
+    @classmethod
+    def of(cls, one: Instrumented) -> _Said:
+        return cls(one.hooks, one.tokenizer, one.name, weakref.ref(one.given), one.parallel)
 
 
 class InstrumentationFramework:
@@ -71,7 +89,9 @@ class InstrumentationFramework:
             raise ConfigError(msg)
         self.config = config
         self.summary: Mapping[str, Any] = {}
-        self._models: dict[int, Instrumented] = {}
+        self._models: weakref.WeakKeyDictionary[torch.nn.Module, _Said]
+        self._models = weakref.WeakKeyDictionary()
+        self._latest: Instrumented | None = None  # of the models the one that is kept alive
         self._running: Capture | None = None
         self.progress: Callable[[str], None] | None = None
         self.spool: str | os.PathLike[str] | None = None
@@ -89,6 +109,9 @@ class InstrumentationFramework:
         parallel: Parallel | None = None,
     ) -> None:
         """Register a model for the captures that follow; it is not touched before one begins.
+
+        Of several models all are captured that still exist: but for the one that was registered
+        last, models that are held by nobody else any more are forgotten.
 
         Parameters
         ----------
@@ -146,13 +169,16 @@ class InstrumentationFramework:
             raise ConfigError(msg)
         inner = unwrap(model)
         select(inner, self.config.granularity, hooks)  # raises where there is nothing to hook
-        self._models[id(inner)] = Instrumented(
-            inner, hooks, tokenizer, self._named(inner, name), model, parallel
-        )
+        self._latest = None
+        if any(other is not inner for other in self._models):
+            gc.collect()  # models that nobody holds any more may hold each other's parts
+        one = Instrumented(inner, hooks, tokenizer, self._named(inner, name), model, parallel)
+        self._models[inner] = _Said.of(one)
+        self._latest = one
 
     def _named(self, model: torch.nn.Module, name: str | None) -> str:
         """Give a model's name among the instrumented ones: as given, else a free one."""
-        taken = {one.name for one in self._models.values() if one.model is not model}
+        taken = {one.name for other, one in self._models.items() if other is not model}
         if name is None:
             return next(free for n in count() if (free := f"model{n}") not in taken)
         if not isinstance(name, str) or not name:
@@ -162,6 +188,27 @@ class InstrumentationFramework:
             msg = f"another model is instrumented by the name {name!r}; give each its own"
             raise ConfigError(msg)
         return name
+
+    def _instrumented(self) -> list[Instrumented]:
+        """Give the models that there are, and what was said of them."""
+        from actstore.capture.session import Instrumented
+
+        return [
+            Instrumented(
+                model, one.hooks, one.tokenizer, one.name, one.given() or model, one.parallel
+            )
+            for model, one in self._models.items()
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        models = self._instrumented() if self._models else []
+        return {**vars(self), "_models": models, "_running": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._models = weakref.WeakKeyDictionary()
+        for one in state["_models"]:
+            self._models[one.model] = _Said.of(one)
 
     @contextmanager
     def capture_activations(
@@ -218,7 +265,7 @@ class InstrumentationFramework:
             resume_from_checkpoint,
         )
         capture = Capture(
-            list(self._models.values()),
+            self._instrumented(),
             self.config,
             path,
             options,

@@ -89,8 +89,8 @@ def test_a_copy_of_a_framework_has_none_of_its_memory(log: Path) -> None:
     assert len(pickled) < 1 << 16
     for other in (copy.deepcopy(one), pickle.loads(pickled)):
         assert not _pieces(other._memory)
-        ((_, of_it),) = other._models.items()
+        (of_it,) = other._models
         with quiet(), other.capture_activations(log.with_name("other.stream")):
-            of_it.model(torch.ones(1, 4))
+            of_it(torch.ones(1, 4))
         assert other.summary["packets"] == 1
         log.with_name("other.stream").unlink()
