@@ -1,7 +1,8 @@
 """actstore: capture, archive, analyse and share language-model activations.
 
-Owns the public names, each loaded when it is first asked for: importing actstore imports neither
-torch nor zarr nor xarray.
+Owns the public names, and the submodules ``analysis``, ``errors``, ``plots`` and ``training``,
+each loaded when it is first asked for: importing actstore imports neither torch nor zarr nor
+xarray.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actstore import analysis as analysis
+    from actstore import errors as errors
+    from actstore import plots as plots
+    from actstore import training as training
     from actstore.appending import append as append
     from actstore.archive.precision import Precision as Precision
     from actstore.bridges.exporting import export_rows as export_rows
@@ -89,6 +94,8 @@ _HOMES = {
     "what_leaves": "actstore.sharing",
 }
 
+_SUBMODULES = {"analysis", "errors", "plots", "training"}
+
 __all__ = [
     "About",
     "ActstoreError",
@@ -129,7 +136,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its module, once."""
+    """Load a public name from its module, or a public submodule, once."""
+    if name in _SUBMODULES:
+        return import_module(f"actstore.{name}")
     home = _HOMES.get(name)
     if home is None:
         msg = f"module 'actstore' has no attribute {name!r}"
@@ -140,7 +149,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})
 
 
 if "xarray" in sys.modules:  # else what opens datasets brings it

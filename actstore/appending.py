@@ -26,12 +26,13 @@ from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Read
 from actstore.archive.reading import ShardedRows
 from actstore.archive.shuffling import is_shuffled
-from actstore.arguments import check_callable, check_count, check_memory, check_tokenizer
+from actstore.arguments import check_callable, check_memory, check_tokenizer
 from actstore.buckets import RemotePath
 from actstore.clusters import check_client
 from actstore.compaction import CompactionReport, Pathlike, Progress
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Content, dense_jobs, ragged_jobs
+from actstore.compaction.executing import workers_of
 from actstore.compaction.logs import Reader, element_reader, opened, paths_of, row_reader
 from actstore.compaction.writing import write_archive
 from actstore.errors import ArchiveError, ConfigError
@@ -48,7 +49,7 @@ def append(
     archive: Pathlike,
     *,
     tokenizer: Any = None,
-    workers: int = 2,
+    workers: int | None = None,
     max_memory_gb: float = 1.0,
     client: Any = None,
     progress: Progress | None = None,
@@ -85,7 +86,7 @@ def append(
         As for `open_stream` and `open_dataset`.
     """
     began = time.monotonic()
-    check_count("workers", workers)
+    threads = workers_of(workers)
     check_memory(max_memory_gb)
     check_tokenizer(tokenizer)
     check_callable("progress", progress)
@@ -98,7 +99,7 @@ def append(
         shutil.rmtree(grown, ignore_errors=True)  # of a call that was killed before its last step
         recipe = _Growth(tuple(path.absolute() for path in paths_of(streams)), place)
         with recipe.made(tokenizer) as (content, jobs):
-            executor = chosen(client, recipe, content, jobs, workers, max_memory_gb)
+            executor = chosen(client, recipe, content, jobs, threads, max_memory_gb)
             made = write_archive(
                 content, jobs, grown, old.attributes["profile"], executor, progress
             )

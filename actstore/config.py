@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Self
 
+from actstore import machine
 from actstore.arguments import check_positive
 from actstore.errors import ConfigError
 
@@ -55,7 +55,8 @@ class InstrumentationConfig:
         summary says whether it was reached and what limited it.
     max_memory_gb : float, optional
         A hard budget, in 10**9 bytes, over all that is staged, sealed and encoded. By default a
-        quarter of the host's memory. Past it, the model waits; nothing is dropped.
+        quarter of the memory that the process may use: the host's, or its container's. Past it,
+        the model waits; nothing is dropped.
 
     Raises
     ------
@@ -136,7 +137,7 @@ class InstrumentationConfig:
         """The memory budget in bytes."""
         if self.max_memory_gb is not None:
             return int(self.max_memory_gb * _GIGABYTE)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        return max(machine.memory() // 4, _LEAST_BUDGET)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,12 @@ torch is imported when a model is instrumented, not before: analysing needs none
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +35,21 @@ if TYPE_CHECKING:
 __all__ = ["InstrumentationFramework", "analyze_activations_with_tokens"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What was said of a model that is instrumented; nothing that keeps the model alive."""
+
+    hooks: HookConfig
+    tokenizer: Any
+    name: str
+    given: weakref.ref[torch.nn.Module]
+    parallel: Parallel | None
+
+    @classmethod
+    def of(cls, one: Instrumented) -> _Said:
+        return cls(one.hooks, one.tokenizer, one.name, weakref.ref(one.given), one.parallel)
+
+
 class InstrumentationFramework:
     """Capture the activations of PyTorch models, and analyse what was captured.
 
@@ -47,7 +65,8 @@ class InstrumentationFramework:
     summary : mapping
         What the last capture did: packets, bytes, rates, waits, layers that never fired.
     progress : callable, optional
-        Is given a line every five seconds of a capture, by a thread of it; such as `print`.
+        Is given a line every five seconds of a capture, by a thread of it; such as `print`. When
+        it raises, the logger ``actstore`` is told, and it is given no more.
     spool : path, optional
         Of captures into a bucket the folder for what waits for its upload; by default the working
         directory.
@@ -71,7 +90,9 @@ class InstrumentationFramework:
             raise ConfigError(msg)
         self.config = config
         self.summary: Mapping[str, Any] = {}
-        self._models: dict[int, Instrumented] = {}
+        self._models: weakref.WeakKeyDictionary[torch.nn.Module, _Said]
+        self._models = weakref.WeakKeyDictionary()
+        self._latest: Instrumented | None = None  # of the models the one that is kept alive
         self._running: Capture | None = None
         self.progress: Callable[[str], None] | None = None
         self.spool: str | os.PathLike[str] | None = None
@@ -90,6 +111,9 @@ class InstrumentationFramework:
     ) -> None:
         """Register a model for the captures that follow; it is not touched before one begins.
 
+        Of several models all are captured that still exist: but for the one that was registered
+        last, models that are held by nobody else any more are forgotten.
+
         Parameters
         ----------
         model : torch.nn.Module
@@ -99,7 +123,8 @@ class InstrumentationFramework:
         hooks : HookConfig, optional
             The fine control of what is hooked.
         tokenizer : object, optional
-            With ``decode([id])``: the log then holds the text of every token that is fed.
+            With ``decode([id])``: the log then holds the text of every token that is fed. An id
+            that it raises at has none, which a warning says at the end; nor has a negative one.
         name : str, optional
             What its layers are called by where several models are captured into one log.
         parallel : Parallel, optional
@@ -143,13 +168,16 @@ class InstrumentationFramework:
             raise ConfigError(msg)
         inner = unwrap(model)
         select(inner, self.config.granularity, hooks)  # raises where there is nothing to hook
-        self._models[id(inner)] = Instrumented(
-            inner, hooks, tokenizer, self._named(inner, name), model, parallel
-        )
+        self._latest = None
+        if any(other is not inner for other in self._models):
+            gc.collect()  # models that nobody holds any more may hold each other's parts
+        one = Instrumented(inner, hooks, tokenizer, self._named(inner, name), model, parallel)
+        self._models[inner] = _Said.of(one)
+        self._latest = one
 
     def _named(self, model: torch.nn.Module, name: str | None) -> str:
         """Give a model's name among the instrumented ones: as given, else a free one."""
-        taken = {one.name for one in self._models.values() if one.model is not model}
+        taken = {one.name for other, one in self._models.items() if other is not model}
         if name is None:
             return next(free for n in count() if (free := f"model{n}") not in taken)
         if not isinstance(name, str) or not name:
@@ -159,6 +187,27 @@ class InstrumentationFramework:
             msg = f"another model is instrumented by the name {name!r}; give each its own"
             raise ConfigError(msg)
         return name
+
+    def _instrumented(self) -> list[Instrumented]:
+        """Give the models that there are, and what was said of them."""
+        from actstore.capture.session import Instrumented
+
+        return [
+            Instrumented(
+                model, one.hooks, one.tokenizer, one.name, one.given() or model, one.parallel
+            )
+            for model, one in self._models.items()
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        models = self._instrumented() if self._models else []
+        return {**vars(self), "_models": models, "_running": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._models = weakref.WeakKeyDictionary()
+        for one in state["_models"]:
+            self._models[one.model] = _Said.of(one)
 
     @contextmanager
     def capture_activations(
@@ -217,7 +266,7 @@ class InstrumentationFramework:
             resume_from_checkpoint,
         )
         capture = Capture(
-            list(self._models.values()),
+            self._instrumented(),
             self.config,
             path,
             options,
@@ -258,6 +307,11 @@ class InstrumentationFramework:
 
     def annotate(self, **labels: Any) -> None:
         """Label the batch items of the next pass: kept in the log, coordinates of its rows.
+
+        Passes that go on from it have the labels too, such as the steps of ``generate``: those
+        that are fed behind the same cache, as long as that holds something, or what the same
+        call of an encoder gave. What is annotated later is added to them, or takes their place.
+        A pass that raises has taken its labels: annotate again before it is tried again.
 
         Parameters
         ----------

@@ -19,6 +19,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
+from actstore import machine
 from actstore.accessor import TokenAxis, lazy_beneath, token_axes
 from actstore.archive.coordinates import texts_of
 from actstore.archive.precision import EXACT
@@ -45,7 +46,7 @@ def group_statistics(  # noqa: PLR0913 - each is its own choice, by name
     top: int | None = None,
     min_count: int = 1,
     max_memory_gb: float = 1.0,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> xr.Dataset:
     """Compute the mean and variance of each feature in each group of rows, out of core.
 
@@ -71,8 +72,9 @@ def group_statistics(  # noqa: PLR0913 - each is its own choice, by name
         The fewest rows of a group that is kept.
     max_memory_gb : float
         What the result, and a block of each worker, may take, in 10^9 bytes.
-    workers : int
-        Threads, each with a layer at a time. The result doesn't go by their number.
+    workers : int, optional
+        Threads, each with a layer at a time; by default as many as the process has cores, and as
+        fit into memory. The result doesn't go by their number.
 
     Returns
     -------
@@ -95,11 +97,14 @@ def group_statistics(  # noqa: PLR0913 - each is its own choice, by name
     Golub and LeVeque do: "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979, equations 2.1.
     """
-    _check_numbers(top=top, min_count=min_count, workers=workers, max_memory_gb=max_memory_gb)
+    threads = 1 if workers is None else workers
+    _check_numbers(top=top, min_count=min_count, workers=threads, max_memory_gb=max_memory_gb)
     rows = _Rows.of(ds, variable, dim, layer)
     groups = _Groups.of(rows.axis, [by] if isinstance(by, str) else list(by), padding=padding)
     groups = groups.most(top, min_count)
-    block = _block_rows(rows, groups.count, workers, max_memory_gb)
+    block = _block_rows(rows, groups.count, threads, max_memory_gb)
+    if workers is None:
+        threads = _fitting(rows, groups.count, block, max_memory_gb)
     shape = (len(rows.places), groups.count, rows.width)
     states = _State(np.zeros(shape[:2], np.int64), np.zeros(shape), np.zeros(shape))
 
@@ -112,7 +117,7 @@ def group_statistics(  # noqa: PLR0913 - each is its own choice, by name
                 values = rows.read(number, slice(first, first + block))
                 states.of(number).add(values, kept, codes[kept])
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(work, range(len(rows.places))):
             pass
     return _dataset(rows, groups, states)
@@ -312,6 +317,13 @@ def _block_rows(rows: _Rows, groups: int, workers: int, gigabytes: float) -> int
         raise ConfigError(msg)
     most = left // (at_once * _COPIES * row)
     return max(min(most, _BLOCK_BYTES // row) // rows.chunk, 1) * rows.chunk
+
+
+def _fitting(rows: _Rows, groups: int, block: int, gigabytes: float) -> int:
+    """Give how many threads there are cores and memory for, with a block of so many rows each."""
+    row = max(rows.width, 1) * 8
+    left = int(gigabytes * 1e9) - 2 * len(rows.places) * groups * row
+    return max(min(machine.cores(), left // (_COPIES * row * block)), 1)
 
 
 def _dataset(rows: _Rows, groups: _Groups, states: _State) -> xr.Dataset:

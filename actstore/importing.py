@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore import codecs, files, hdf5
+from actstore import codecs, files, hdf5, machine
 from actstore.archive import shards, store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.jobs import Written
@@ -37,7 +37,6 @@ __all__ = ["ImportReport", "import_archive"]
 
 _BESIDE: Final = 64 << 20
 _PIECE: Final = 1 << 20
-_WORKERS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +287,7 @@ def _make_shards(
         )
         raise ConfigError(msg)
     done = 0
-    pool = ThreadPoolExecutor(min(_WORKERS, threads), "actstore-import")
+    pool = ThreadPoolExecutor(min(machine.cores(), threads), "actstore-import")
     try:
         running = {
             pool.submit(_make_shard, archive, journal, one): one

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from actstore import codecs, dtypes, files, hdf5, markup
+from actstore import codecs, dtypes, files, hdf5, machine, markup
 from actstore.archive import store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.zipped import Place, ZipPath
@@ -315,7 +315,7 @@ class _LogCheck:
 
     def findings(self) -> Iterator[Damaged]:
         """Yield what is damaged; the same place perhaps more than once."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(machine.cores()) as pool:
             yield from self._of_records(pool)
         yield from self._packets()
 

@@ -467,7 +467,11 @@ def test_an_encoder_decoder_generates_and_goes_on(others: Path, tmp_path: Path) 
     found_by("capture", others / "t5", log, *how, 3)
     said = found_by("capture", others / "t5", log, *how, 6, "--resume")
     assert said["generated"] == 6
-    found_by("capture", others / "t5", whole, *how, 6)
+    said = invoke("capture", others / "t5", whole, *how, 6)
+    assert "labels" not in said.output
+    with actstore.open_stream(whole) as reader:  # the encoder's passes, too
+        labels = [one.annotations["sample_id"] for one in reader.passes]
+    assert labels == [[1]] * 7 + [[2]] * 7
     tokens: list[dict[Any, list[int]]] = []
     for path in (log, whole):
         rows = found_by("tokens", path, "--dim", "decoder_token", "--limit", 0)["rows"]

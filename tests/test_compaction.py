@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import actstore
 from actstore import codecs, dtypes, files
 from actstore.archive import grid, shards, store
-from actstore.compaction import compact
+from actstore.compaction import compact, executing
 from actstore.errors import (
     ActstoreError,
     ArchiveError,
@@ -318,14 +318,25 @@ def test_progress_goes_up_to_all_of_the_bytes(tmp_path: Path) -> None:
     assert seen[-1][0] == report.raw_bytes
 
 
-def test_the_same_log_gives_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
-    log = decoder_log(tmp_path / "run.stream")
-    for workers in (1, 4):
+def test_the_same_log_gives_the_same_bytes_with_any_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, took, pool = decoder_log(tmp_path / "run.stream"), [], executing.ThreadPoolExecutor
+
+    def counted(count: int, name: str) -> Any:
+        took.append(count)
+        return pool(count, name)
+
+    monkeypatch.setattr(executing, "ThreadPoolExecutor", counted)
+    monkeypatch.setattr("actstore.machine.cores", lambda: 3)
+    for workers in (1, 4, None):
         compact([log.path], tmp_path / f"{workers}.zarr", workers=workers)
+    assert took == [1, 4, 3]
     for path in (tmp_path / "1.zarr").rglob("*"):
-        other = tmp_path / "4.zarr" / path.relative_to(tmp_path / "1.zarr")
-        if path.is_file() and path != tmp_path / "1.zarr" / "zarr.json":
-            assert path.read_bytes() == other.read_bytes()
+        for name in ("4.zarr", "None.zarr"):
+            other = tmp_path / name / path.relative_to(tmp_path / "1.zarr")
+            if path.is_file() and path != tmp_path / "1.zarr" / "zarr.json":
+                assert path.read_bytes() == other.read_bytes()
 
 
 # -- whole or not at all ------------------------------------------------------------------------

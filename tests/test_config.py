@@ -81,9 +81,13 @@ def test_the_budget_is_in_units_of_a_billion_bytes(given: float, wanted: int) ->
     assert InstrumentationConfig(FULL, max_memory_gb=given).budget == wanted
 
 
-def test_the_default_budget_is_a_quarter_of_the_hosts_memory() -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert InstrumentationConfig(FULL).budget == memory // 4
+def test_the_default_budget_is_a_quarter_of_what_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < InstrumentationConfig(FULL).budget <= host // 4
+    monkeypatch.setattr("actstore.machine.memory", lambda: 8 << 30)  # a container's
+    assert InstrumentationConfig(FULL).budget == 2 << 30
 
 
 @pytest.mark.parametrize("rate", [*NOT_POSITIVE, *NO_NUMBERS, 1.0000001, 2])

@@ -71,6 +71,18 @@ def test_importing_actstore_and_the_facade_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
+@pytest.mark.parametrize("name", ["analysis", "errors", "plots", "training"])
+def test_a_public_submodule_is_there_without_being_imported(name: str) -> None:
+    code = (
+        "import sys, actstore\n"
+        f"assert {name!r} in dir(actstore)\n"
+        "assert not {'torch', 'zarr', 'xarray'} & set(sys.modules)\n"
+        f"assert actstore.{name} is sys.modules['actstore.{name}']"
+    )
+    root = str(Path(actstore.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
 @pytest.mark.parametrize("config", [None, HookGranularity.FULL_TENSOR, {}, InstrumentationConfig])
 def test_a_framework_wants_a_config(config: Any) -> None:
     with pytest.raises(ConfigError, match="InstrumentationConfig"):

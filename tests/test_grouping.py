@@ -119,6 +119,8 @@ def test_blocks_workers_and_budget_change_no_bit_that_rows_do_not(
     with actstore.open_dataset(places["archive"]) as dataset:
         one = group_statistics(dataset, "resid", workers=1)
         assert one.identical(group_statistics(dataset, "resid", workers=4))
+        monkeypatch.setattr("actstore.machine.cores", lambda: 5)
+        assert one.identical(group_statistics(dataset, "resid"))
         monkeypatch.setattr(grouping, "_BLOCK_BYTES", 1)
         small = group_statistics(dataset, "resid")
         check(small, dataset.load(), "resid", ["token_text"])

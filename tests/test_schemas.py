@@ -234,8 +234,8 @@ def test_the_header_of_a_log_of_two_models_on_the_second_of_two_processes_is_val
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    one = framework(max_memory_gb=1)
-    one.instrument_model(sequential(), name="first")
+    one, first = framework(max_memory_gb=1), sequential()
+    one.instrument_model(first, name="first")
     one.instrument_model(torch.nn.Identity())
     with one.capture_activations(log):
         pass

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore import codecs
+from actstore import codecs, machine
 from actstore.archive.precision import EXACT, SCALE, decoded
 from actstore.archive.shards import EMPTY, index_bytes, is_sealed, shard_path
 from actstore.archive.zipped import Place, read_at
@@ -36,6 +36,10 @@ _MOST: Final = 64 << 20  # bytes that are asked for at once
 
 
 _PIECE: Final = 1 << 20  # values that are decoded at a time
+
+#: Threads that the reads of this process may have, all together. None is left running between
+#: reads: a process may be forked then.
+_helpers = threading.Semaphore(machine.cores())
 
 
 class Rows(Protocol):
@@ -142,6 +146,24 @@ def fill_of(said: Any, dtype: np.dtype) -> Any:
     return dtype.type(float(said) if dtype.kind == "f" else said)
 
 
+def _spread(work: Callable[[Any], None], given: Sequence[Any]) -> None:
+    """Call a function on each, by as many threads as other reads of this process leave."""
+    lent = 0
+    while lent < len(given) and _helpers.acquire(blocking=False):
+        lent += 1
+    try:
+        if lent > 1:
+            with ThreadPoolExecutor(lent) as pool:
+                for _ in pool.map(work, given):
+                    pass
+        else:
+            for one in given:
+                work(one)
+    finally:
+        if lent:
+            _helpers.release(lent)
+
+
 class ShardedRows:
     """The rows of a sharded array. Safe to use from several threads.
 
@@ -206,9 +228,7 @@ class ShardedRows:
             for one in wanted:
                 self._read(layer, one, out)
         else:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for _ in pool.map(lambda one: self._read(layer, one, out), wanted):
-                    pass
+            _spread(lambda one: self._read(layer, one, out), wanted)
         return out
 
     def _read_objects(self, layer: int, wanted: list[_Wanted], out: NDArray[Any]) -> None:
@@ -488,9 +508,7 @@ class CodedRows:
             for piece in pieces:
                 decode(piece)
         else:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for _ in pool.map(decode, pieces):
-                    pass
+            _spread(decode, pieces)
         if self._exact is not None and codes.size:
             without = np.flatnonzero(codes.reshape(len(codes), -1)[:, 0] == 0)
             if without.size:

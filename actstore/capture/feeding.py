@@ -384,22 +384,25 @@ class _Generation:
         else:
             given["input_ids"] = torch.cat([given["input_ids"], behind], 1)
         given["attention_mask"] = torch.ones_like(given["input_ids"])
+        self.framework.annotate(sample_id=[sample.id])
         model.generate(
             **{name: tensor.to(device) for name, tensor in given.items()},
             max_new_tokens=self.how.generate - len(before),
             do_sample=False,
             num_beams=1,
             pad_token_id=self.loaded.tokenizer.pad_token_id,
-            streamer=_Recorder(self, sample, tracker),
+            streamer=_Recorder(self, sample, tracker, list(before)),
         )
 
-    def record(self, sample: Sample, tracker: Any, token: int) -> None:
-        tracker.record_token(token, self.loaded.tokenizer.decode([token]))
+    def record(self, sample: Sample, tracker: Any, made: Sequence[int]) -> None:
+        """Record the token that was made last; label the pass that follows, if one does."""
+        tracker.record_token(made[-1], self.loaded.tokenizer.decode([made[-1]]))
         self.fed.generated += 1
         self.progress(self.fed)
         if self.stop():
             raise KeyboardInterrupt
-        self.framework.annotate(sample_id=[sample.id])
+        if not self._is_over(made):  # a model without a cache is fed everything again
+            self.framework.annotate(sample_id=[sample.id])
 
 
 class _Recorder:
@@ -413,22 +416,27 @@ class _Recorder:
         What is generated from.
     tracker : object
         The capture's.
+    made : list of int
+        The tokens that were made before.
     """
 
-    def __init__(self, generation: _Generation, sample: Sample, tracker: Any) -> None:
+    def __init__(
+        self, generation: _Generation, sample: Sample, tracker: Any, made: list[int]
+    ) -> None:
         self._generation = generation
         self._sample = sample
         self._tracker = tracker
+        self._made = made
         self._begun = False
 
     def put(self, tokens: torch.Tensor) -> None:
         """Take what was made."""
         if not self._begun:
             self._begun = True
-            self._generation.framework.annotate(sample_id=[self._sample.id])
             return
         for token in tokens.flatten().tolist():
-            self._generation.record(self._sample, self._tracker, token)
+            self._made.append(token)
+            self._generation.record(self._sample, self._tracker, self._made)
 
     def end(self) -> None:
         """Hear that nothing follows."""

@@ -7,20 +7,22 @@ it would compute without it. What is hooked is ``select.py``'s business, what be
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
 import time
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from actstore.capture.device import Crossings
 from actstore.capture.outputs import Choice, LayerState, Live, Outputs, first_tensor, tensors_of
@@ -30,6 +32,7 @@ from actstore.capture.passes import (
     Fed,
     FedAxis,
     cache_of,
+    is_filled,
     read_axes,
     read_inputs,
     read_rows,
@@ -40,6 +43,8 @@ from actstore.capture.stage import Stage
 from actstore.errors import CaptureError
 from actstore.packet import MAIN_AXES, Axis, LayerInfo
 
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")  # how a module's attributes begin
+_STATE: Final = 2  # its place in what an object is reduced to
 _forks = 0  # of this process from the one that imported this
 _attached: weakref.WeakSet[Hooks] = weakref.WeakSet()
 
@@ -98,6 +103,8 @@ class Hooks:
         The index of the last pass that began, or -1.
     names : list of str
         The layers that are hooked.
+    without_text : dict of int to Exception
+        Ids that were fed and that the tokenizer gave no text of, and what it raised.
     """
 
     def __init__(  # noqa: PLR0913 - what a run begins with, given once by the session
@@ -129,10 +136,13 @@ class Hooks:
         self._tokenizer = tokenizer
         self._sharding = sharding
         self._modules = {target.name: target for target in targets}
+        self.without_text: dict[int, Exception] = {}
         self._texts: set[int] = set()
         self._unread: deque[FedAxis | Axis] = deque()  # whose texts are wanted
         self._flush = flush_at_pass_end
         self._annotations: dict[str, list[Any]] = {}
+        #: cache, or what an encoder gave -> the labels of its batch items
+        self._labelled: MutableMapping[Any, Mapping[str, list[Any]]] = WeakIdKeyDictionary()
         self._pass: Fed | None = None
         self._thread = 0
         self._fed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -169,6 +179,10 @@ class Hooks:
                 )
                 if self._choice.stop:
                     self._handles.append(_Stoppable(module, self._stopped))
+            ids = {one.id for one in self._handles if not isinstance(one, _Stoppable)}
+            hooked = {*self._entries.names, *(stack.blocks[0] for stack in self._stacks)}
+            for module in hooked | {target.module for target in self._targets}:
+                self._handles.append(_Uncopied(module, ids))
         except BaseException:
             self._remove()
             raise
@@ -253,8 +267,13 @@ class Hooks:
     # -- what a run did -------------------------------------------------------------------------
 
     def annotate(self, labels: Mapping[str, list[Any]]) -> None:
-        """Keep labels for the batch items of the next pass."""
+        """Keep labels for the batch items of the next pass, and of those that go on from it."""
         self._annotations.update(labels)
+
+    @property
+    def unused_labels(self) -> list[str]:
+        """Labels that wait for a pass."""
+        return list(self._annotations)
 
     def never_fired(self) -> list[str]:
         """Give the names of the layers that gave no packet in this capture."""
@@ -300,11 +319,14 @@ class Hooks:
         else:
             self._add_axes(read_axes(axis, arguments), arguments)
 
-    def _leave_pass(self, module: nn.Module, _args: Any, _output: Any) -> None:
+    def _leave_pass(self, module: nn.Module, _args: Any, output: Any) -> None:
         elsewhere = threading.get_ident() != self._thread or self._forks != _forks
         if torch._C._current_graph_task_id() != -1 or elsewhere:
             return  # a second thread was refused: its failing forward is not the pass that runs
         if self._entries.leave(module) and self._pass is not None:
+            if self._pass.annotations and isinstance(output, Mapping):
+                self._label(cache_of(output), self._pass.annotations)
+                self._label(output, self._pass.annotations)
             self._close_pass(aborted=self._entries.raised())
 
     def _block_hook(self, axis: str) -> Any:
@@ -357,6 +379,9 @@ class Hooks:
         except BaseException:
             self._entries.forget()
             raise
+        if annotations or self._labelled:
+            annotations = {**self._labels_of(arguments, axes), **annotations}
+            self._label(cache_of(arguments), annotations)
         self._outputs.begin_pass()
         for one in axes:
             self._count(one, arguments)
@@ -367,6 +392,24 @@ class Hooks:
         self.last_pass = fed.index
         self._pass = fed
         self._live.thread = self._thread if self._choice.plain else 0
+
+    def _label(self, what: Any, labels: Mapping[str, list[Any]]) -> None:
+        """Keep the labels of the batch items that a cache, or what an encoder gave, is of."""
+        with contextlib.suppress(TypeError):  # what can't be referred to weakly, such as a tuple
+            self._labelled[what] = labels
+
+    def _labels_of(
+        self, arguments: Mapping[str, Any], axes: Sequence[FedAxis]
+    ) -> Mapping[str, list[Any]]:
+        """Give the labels of the batch items that a pass goes on with."""
+        cache, encoded = cache_of(arguments), arguments.get("encoder_outputs")
+        for what in (cache, encoded):
+            with contextlib.suppress(TypeError):  # as above
+                labels = self._labelled.get(what, {})
+                fits = axes and all(len(one) == axes[-1].batch for one in labels.values())
+                if labels and fits and (what is encoded or is_filled(what)):
+                    return labels
+        return {}
 
     def _close_pass(self, *, aborted: bool) -> None:
         assert self._pass is not None  # noqa: S101 - callers asked
@@ -394,9 +437,14 @@ class Hooks:
                 axis = axis.axis()
             fed |= set(np.unique(axis.token_ids).tolist())
             self._unread.popleft()
-        new = sorted(fed - self._texts - {-1})
-        texts = {one: str(self._tokenizer.decode([one])) for one in new}
+        new = [one for one in sorted(fed - self._texts) if one >= 0]  # others stand for no token
         self._texts.update(new)
+        texts = {}
+        for one in new:
+            try:
+                texts[one] = str(self._tokenizer.decode([one]))
+            except Exception as error:  # the user's: no reason to end the model's forward
+                self.without_text[one] = error
         return texts
 
     # -- layers ---------------------------------------------------------------------------------
@@ -455,6 +503,38 @@ def _weights(output: Any) -> Tensor | None:
     return found[-1] if found else None  # T5's position bias stands before them
 
 
+class _Uncopied:
+    """Leaves what a capture put into a module out of its copies, pickled or not, until removed.
+
+    It stands in the module alone: hooks that could be copied would cost more at every firing.
+    """
+
+    def __init__(self, module: nn.Module, ids: set[int]) -> None:
+        self._module = module
+        self._ids = ids
+        module.__dict__["__reduce_ex__"] = self._reduce
+
+    def _reduce(self, protocol: SupportsIndex) -> Any:
+        made = type(self._module).__reduce_ex__(self._module, protocol)
+        if isinstance(made, str) or len(made) <= _STATE or not isinstance(made[_STATE], dict):
+            return made
+        state = {
+            name: OrderedDict(one for one in value.items() if one[0] not in self._ids)
+            if name.startswith(_HOOKS)
+            else value
+            for name, value in made[_STATE].items()
+            if name != "__reduce_ex__"
+        }
+        stoppable = getattr(state.get("forward"), "stoppable", None)
+        if stoppable is not None:
+            stoppable.restore(state)
+        return *made[:_STATE], state, *made[_STATE + 1 :]
+
+    def remove(self) -> None:
+        """Let the module be copied as it was before."""
+        self._module.__dict__.pop("__reduce_ex__", None)
+
+
 class _Stoppable:
     """Lets a module's call end in None when its forward is stopped, until it is removed."""
 
@@ -472,13 +552,17 @@ class _Stoppable:
                     return None
                 raise
 
+        stoppable.stoppable = self  # type: ignore[attr-defined]
         self._stoppable = module.forward = stoppable
 
     def remove(self) -> None:
         """Give the module its own forward again, if nobody has given it another since."""
-        if self._module.__dict__.get("forward") is not self._stoppable:
-            return
+        if self._module.__dict__.get("forward") is self._stoppable:
+            self.restore(self._module.__dict__)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put the forward into a module's attributes that it had before."""
         if self._own:
-            self._module.forward = self._before
+            state["forward"] = self._before
         else:
-            del self._module.forward
+            del state["forward"]

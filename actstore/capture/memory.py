@@ -1,7 +1,7 @@
 """Owns the memory that captures stage and encode in: large pieces, used again and again.
 
 Fresh memory costs more than copying into it does, on a virtual machine ten times more. So what
-one capture has used is kept for the next, as long as its framework lives.
+one capture has used is kept for the next: a little of it, as long as its framework lives.
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Memory"]
 
+#: Pieces of each size that outlive a capture: as many as one that keeps up uses in turn.
+_KEPT: Final = 2
+
 
 class Memory:
-    """Pieces of memory that each begin at a page. Safe to use from several threads."""
+    """Pieces of memory that each begin at a page. Safe to use from several threads.
+
+    A copy of it, pickled or not, is empty.
+    """
 
     def __init__(self) -> None:
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
@@ -39,6 +46,14 @@ class Memory:
     def give_back(self, piece: NDArray[np.uint8]) -> None:
         """Keep a piece that is not used any more for the next who takes one of its size."""
         self._free.setdefault(piece.nbytes, []).append(piece)
+
+    def trim(self) -> None:
+        """Let go of what a capture that has ended used, but for a few pieces of each size."""
+        for pieces in self._free.values():
+            del pieces[:-_KEPT]
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()
 
 
 def _fresh(nbytes: int) -> NDArray[np.uint8]:

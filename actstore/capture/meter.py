@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +10,7 @@ from typing import Any, Final, Protocol
 
 __all__ = ["Meter", "share_in_hooks"]
 
+_log = logging.getLogger("actstore")
 PROGRESS_SECONDS: Final = 5.0
 _PEAK_SECONDS: Final = 1.0
 
@@ -29,7 +31,7 @@ class Meter:
     name : str
         What its lines call the log.
     progress : callable, optional
-        Is given a line every five seconds.
+        Is given a line every five seconds, until it raises: a line is not worth the run.
     clock : callable
         Seconds, monotonic; tests inject their own.
 
@@ -76,7 +78,11 @@ class Meter:
         self._peak = max(self._peak, self._in_last / _PEAK_SECONDS)
         if self._progress is not None and now - self._told >= PROGRESS_SECONDS:
             self._told = now
-            self._progress(self._line())
+            try:
+                self._progress(self._line())
+            except Exception as error:  # the user's: such as of a terminal that is gone
+                self._progress = None
+                _log.warning("%s: no more lines of progress: %r", self._name, error)
 
     def _line(self) -> str:
         ratio = self.raw_bytes / max(self.encoded_bytes, 1)

@@ -33,6 +33,7 @@ __all__ = [
     "RowChoice",
     "cache_of",
     "has_bytes",
+    "is_filled",
     "read_axes",
     "read_inputs",
     "read_rows",
@@ -310,6 +311,20 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
         if cache is not None:
             return cache
     return None
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a cache that was fed before still holds something: it may have been reset.
+
+    One that only a device could answer for counts as empty: nobody waits for it.
+    """
+    length = getattr(cache, "get_seq_length", None)
+    try:
+        found = length() if callable(length) else 1
+    except (ValueError, RuntimeError, NotImplementedError):  # a state-space model's has no length
+        return True
+    elsewhere = isinstance(found, Tensor) and not found.is_cpu
+    return not elsewhere and int(found) > 0
 
 
 def _cached_length(arguments: Mapping[str, Any]) -> int | None:

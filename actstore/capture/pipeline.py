@@ -24,7 +24,6 @@ from actstore.stream.writer import StreamWriter
 
 __all__ = ["Pipeline"]
 
-ENCODERS: Final = 2
 #: Blocks of several packets are cut at so many bytes: they fit the caches, and a reader that wants
 #: one token decodes no more.
 BLOCK_BYTES: Final = 1 << 20
@@ -93,7 +92,7 @@ class Pipeline:
     def _encode(self) -> None:
         calls = Calls()
         try:
-            with ThreadPoolExecutor(ENCODERS, "actstore-codec") as pool:
+            with ThreadPoolExecutor(self._stage.encoders, "actstore-codec") as pool:
                 while (group := self._stage.take()) is not None:
                     if self._stage.failure is None:
                         # once the interpreter exits, a pool takes nothing more

@@ -472,6 +472,7 @@ class Capture:
                 told.append("no layer fired: the log is empty; call the model inside the with")
         elif summary["never_fired"]:
             told.append(f"these layers never fired: {_some(summary['never_fired'])}")
+            told += self._idle(set(summary["never_fired"]))
         compiled = [one.name for one in self._models if one.compiled]
         if compiled:
             told.append(
@@ -480,6 +481,17 @@ class Capture:
             )
         if summary["skipped"]:
             told.append(f"these outputs can't be kept: {_some(list(summary['skipped']))}")
+        if self.hooks.unused_labels:
+            told.append(
+                f"no pass followed that takes the labels {_some(self.hooks.unused_labels)}; call "
+                "annotate before the model"
+            )
+        if self.hooks.without_text:
+            token_id, error = next(iter(self.hooks.without_text.items()))
+            told.append(
+                f"the tokenizer gave no text of {len(self.hooks.without_text)} ids that were fed, "
+                f"such as {token_id}: {error!r}; their rows have none"
+            )
         waited = summary["waited_seconds"] >= _MUCH
         if waited and summary["limited_by"] not in (None, "model"):
             told.append(
@@ -489,6 +501,21 @@ class Capture:
             )
         for text in told:
             warnings.warn(f"capture into {self._called}: {text}", ActstoreWarning, stacklevel=5)
+
+    def _idle(self, never_fired: set[str]) -> list[str]:
+        """Say of which of several models nothing fired: they may be those of before."""
+        if len(self._models) == 1:
+            return []
+        granularity = self._config.granularity
+        return [
+            f"no layer of {one.name!r}, a {type(one.model).__name__}, fired: it was instrumented "
+            "before and still exists; let go of it (del), or take a new InstrumentationFramework, "
+            "for layers to have their names without those of models"
+            for one in self._models
+            if never_fired.issuperset(
+                _joined(one.name, each.name) for each in _targets([one], granularity)
+            )
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import machine
 from actstore.capture.group import (
     ALIGN,
     KIND_BITS,
@@ -45,8 +46,12 @@ FLUSH_SECONDS: Final = 1.0
 #: Bytes of an arena for each packet that it may hold.
 _ARENA_A_PACKET: Final = 1024
 _PARTS_LIMIT: Final = (1 << 16) - 1
-#: Group-sized shares of the budget that are kept for the encoder's scratch and the writer.
-_RESERVED: Final = 3
+#: Group-sized shares of the budget that are kept for the encoder's scratch and the writer; and
+#: the encoders that one more is kept for, each of which holds a block twice.
+_RESERVED: Final = 2
+_A_SHARE: Final = 2
+#: The most threads that encode.
+_ENCODERS: Final = 8
 #: The most groups that are encoded and wait for the writer.
 _ENCODED_AHEAD: Final = 16
 #: Into how many groups a small budget is cut: two arenas, three encoded, and what threads work in.
@@ -95,6 +100,8 @@ class Stage:
         What packets' kinds are; only grows.
     encoded_ahead : int
         How many groups may be encoded and wait for the writer.
+    encoders : int
+        How many threads may encode: as many as there are cores, and memory within the budget.
     waits : int
         How often ``put`` waited for memory.
     waited_seconds : float
@@ -141,7 +148,9 @@ class Stage:
         self._most_packets = self._arena_bytes // _ARENA_A_PACKET
         shares = budget // self.group_bytes
         self.encoded_ahead = min(max(shares // 4, 1), _ENCODED_AHEAD)
-        self._arenas_left = max(2, shares - _RESERVED - self.encoded_ahead)
+        self.encoders = min(machine.cores(), _ENCODERS, _A_SHARE * (shares // 4))
+        reserved = _RESERVED + -(-self.encoders // _A_SHARE)
+        self._arenas_left = max(2, shares - reserved - self.encoded_ahead)
         self._free: list[NDArray[np.uint8]] = []
         self._sealed: deque[Group] = deque()
         point = point or CommitPoint()
@@ -393,6 +402,7 @@ class Stage:
         with self._lock:
             while self._free:
                 self.memory.give_back(self._free.pop())
+        self.memory.trim()
 
     def fail(self, error: BaseException) -> None:
         """Let every later call, and everyone who waits, raise a `CaptureError`."""

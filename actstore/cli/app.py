@@ -98,7 +98,7 @@ def capture(  # noqa: PLR0913 - options of a command, each by its name
         Codec, typer.Option(metavar="NAME", help="The log's: lz4, zstd, none.")
     ] = Codec.ZSTD,
     max_memory_gb: Annotated[
-        float | None, typer.Option(metavar="GB", help="Memory; a quarter of the host's.")
+        float | None, typer.Option(metavar="GB", help="Memory; a quarter of what there is.")
     ] = None,
     checkpoint_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens between checkpoints.")
@@ -211,7 +211,7 @@ def stats(
     each: Annotated[
         bool, typer.Option("--each", metavar="", help="Each layer, not each variable.")
     ] = False,
-    workers: Workers = 2,
+    workers: Annotated[int, typer.Option(metavar="N", help="Threads.")] = 2,
     max_memory_gb: Memory = 1.0,
     scheduler: Scheduler = None,
 ) -> None:
@@ -296,7 +296,7 @@ def compact(  # noqa: PLR0913 - options of a command, each by its name
         str, typer.Option(metavar="NAME", help="Of the rows: captured, or shuffled for training.")
     ] = "captured",
     seed: Annotated[int, typer.Option(metavar="N", help="By which rows are shuffled.")] = 0,
-    workers: Workers = 2,
+    workers: Workers = None,
     max_memory_gb: Memory = 1.0,
     scheduler: Scheduler = None,
     remove_logs: Annotated[
@@ -345,7 +345,7 @@ def append(
     out: Output,
     logs: Logs,
     archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="It has their rows, too.")],
-    workers: Workers = 2,
+    workers: Workers = None,
     max_memory_gb: Memory = 1.0,
     scheduler: Scheduler = None,
 ) -> None:

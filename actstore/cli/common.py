@@ -184,7 +184,9 @@ Layers = Annotated[
     typer.Option("--layers", metavar="GLOB", help="Layers or sites; may be given again."),
 ]
 Memory = Annotated[float, typer.Option(metavar="GB", help="Memory, at most.")]
-Workers = Annotated[int, typer.Option(metavar="N", help="Threads.")]
+Workers = Annotated[
+    int | None, typer.Option(metavar="N", help="Threads; by default as many as cores.")
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Of a dask cluster, such as tcp://host:8786."),

@@ -15,13 +15,13 @@ from typing import Any, Final
 from actstore import files, markup
 from actstore.archive import shards, uploads
 from actstore.archive.shuffling import check_layout
-from actstore.arguments import check_callable, check_count, check_memory, check_tokenizer
+from actstore.arguments import check_callable, check_memory, check_tokenizer
 from actstore.buckets import RemotePath, remote
 from actstore.clusters import check_client
 from actstore.compaction import removing
 from actstore.compaction.cluster import chosen
 from actstore.compaction.content import Wanted
-from actstore.compaction.executing import SENT_BYTES
+from actstore.compaction.executing import SENT_BYTES, workers_of
 from actstore.compaction.logs import Pathlike, path_of, paths_of
 from actstore.compaction.recipe import OfLogs
 from actstore.compaction.writing import Progress, write_archive
@@ -29,7 +29,6 @@ from actstore.errors import ConfigError
 
 __all__ = ["CompactionReport", "Pathlike", "Progress", "compact", "discard"]
 
-_WORKERS: Final = 2
 _MEMORY_GB: Final = 1.0
 
 
@@ -103,7 +102,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     tokenizer: Any = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
-    workers: int = _WORKERS,
+    workers: int | None = None,
     max_memory_gb: float = _MEMORY_GB,
     client: Any = None,
     remove_logs: bool = False,
@@ -165,8 +164,9 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         With ``decode([id])``: gives the rows' ``token_text``.
     shapes, dtypes : mapping, optional
         Of a log of ``llm-instrumentation``, which holds none: as for `open_stream`.
-    workers : int
-        Threads, at most; each holds an encoded shard of about 64 MiB. On a cluster, workers have
+    workers : int, optional
+        Threads, at most; by default as many as the process has cores. Each holds an encoded shard
+        of about 64 MiB. On a cluster, workers have
         as many as they were started with.
     max_memory_gb : float
         GB of memory, over what the process had, beside the tables of the logs and the labels of
@@ -218,7 +218,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     paths, target = paths_of(streams, storage_options), path_of(out, storage_options)
     shards.check_profile(profile)
     drawn = check_layout(layout, seed)
-    check_count("workers", workers)
+    threads = workers_of(workers)
     check_memory(max_memory_gb)
     check_tokenizer(tokenizer)
     check_callable("progress", progress)
@@ -234,7 +234,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
     states = removing.states_of(recipe.paths) if remove_logs else {}
     sent = SENT_BYTES if isinstance(target, RemotePath) else 0
     with recipe.made(tokenizer) as (content, mine):
-        executor = chosen(client, recipe, content, mine, workers, max_memory_gb, sent)
+        executor = chosen(client, recipe, content, mine, threads, max_memory_gb, sent)
         made = write_archive(content, mine, target, profile, executor, progress, waiting)
     removing.remove(states, target)
     return CompactionReport(path=target, seconds=time.monotonic() - began, **made)

@@ -14,9 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, Protocol
 
+from actstore import machine
 from actstore.archive import jobs, shards
 from actstore.archive.grid import SHARD_BYTES
 from actstore.archive.jobs import Job, Written
+from actstore.arguments import check_count
 from actstore.errors import ArchiveError, ConfigError
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Threads",
     "fitting",
     "unverified",
+    "workers_of",
     "write_shard",
 ]
 
@@ -143,6 +146,20 @@ def fitting(jobs: Sequence[Job], workers: int, gigabytes: float, beside: int = 0
         )
         raise ConfigError(msg)
     return min(workers, threads)
+
+
+def workers_of(workers: int | None) -> int:
+    """Give how many threads are meant: as many as there are cores, where nothing is said.
+
+    Raises
+    ------
+    ConfigError
+        It is no number of threads.
+    """
+    if workers is None:
+        return machine.cores()
+    check_count("workers", workers)
+    return workers
 
 
 def write_shard(job: Job, folder: Path, profile: str) -> Written:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import machine
 from actstore.archive import store
 from actstore.archive.checks import Finding
 from actstore.errors import ArchiveError, FormatError, UnsupportedVersionError
@@ -83,7 +83,7 @@ class Hdf5Check:
                 raise
             yield Finding(METADATA, str(error))
             return
-        with archive, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with archive, ThreadPoolExecutor(machine.cores()) as pool:
             wanted, found = store.metadata_crc(archive.data)
             if wanted != found or not wanted:
                 yield Finding(METADATA, f"its CRC-32C is {found or 'missing'}, not {wanted!r}")

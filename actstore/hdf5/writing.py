@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import machine
 from actstore.archive import shards, store
 from actstore.archive.reading import ShardedRows
 from actstore.archive.zipped import Place
@@ -115,7 +115,7 @@ class Hdf5Writer:
         # 1.8's format: what netCDF's own library writes, and every HDF5 since reads
         with (
             h5py.File(path, "w", libver=("v108", "v110"), locking=False) as file,
-            ThreadPoolExecutor(os.cpu_count(), "actstore-hdf5") as pool,
+            ThreadPoolExecutor(machine.cores(), "actstore-hdf5") as pool,
         ):
             self._skeleton(file)
             for array in self.arrays.values():
@@ -137,7 +137,7 @@ class Hdf5Writer:
                 f"memory; max_memory_gb is {gigabytes:.2f}: give that much"
             )
             raise ConfigError(msg)
-        return min(count, 2 * (os.cpu_count() or 1))
+        return min(count, 2 * machine.cores())
 
     # -- what is there before any value
 

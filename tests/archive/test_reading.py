@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from logs import encode_rows, random_values
 from numpy.typing import NDArray
 
-from actstore.archive import shards
+from actstore.archive import reading, shards
 from actstore.archive.reading import ShardedRows
 from actstore.archive.shards import shard_path
 from actstore.archive.store import ArchiveWriter
@@ -114,6 +116,41 @@ def test_only_the_chunks_that_rows_are_in_are_read(
     monkeypatch.setattr(ShardedRows, "_encoded", counting)
     reader(array).read(2, np.array([0, 7, 8, 3, 202, 100, 101]))
     assert sorted(seen) == [(2, 0), (2, 1), (2, 12), (2, 25)]
+
+
+def test_reads_at_once_have_no_more_threads_together_than_there_are_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "a.zarr", random_values((1, 64, 4)), 2, 8)
+    reader = ShardedRows.of(folder, json.loads((folder / "zarr.json").read_text()))
+    assert reader is not None
+    wanted, lock = reader.read(0, np.arange(64)).tobytes(), threading.Lock()
+    at_once, most, begun = 0, 0, threading.Barrier(4)
+
+    class Counted(ThreadPoolExecutor):
+        def __init__(self, count: int) -> None:
+            nonlocal at_once, most
+            super().__init__(count)
+            with lock:
+                at_once += count
+                most = max(most, at_once)
+
+        def shutdown(self, *how: Any, **options: Any) -> None:
+            nonlocal at_once
+            super().shutdown(*how, **options)
+            with lock:
+                at_once -= self._max_workers
+
+    monkeypatch.setattr(reading, "ThreadPoolExecutor", Counted)
+    monkeypatch.setattr(reading, "_helpers", threading.Semaphore(3))
+
+    def read(_: int) -> bool:
+        begun.wait()
+        return all(reader.read(0, np.arange(64)).tobytes() == wanted for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
+    assert 2 <= most <= 3
 
 
 def test_rows_without_layers_and_a_copy_in_another_process(tmp_path: Path) -> None:

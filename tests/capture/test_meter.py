@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,22 @@ def test_a_line_comes_every_few_seconds_and_says_how_the_run_goes() -> None:
     assert len(lines) == int(15 / PROGRESS_SECONDS)
     assert lines[0].startswith("run.stream: 10,000 packets, 1.00 GB, ")
     assert "2.00 times smaller, 5 s" in lines[0]
+
+
+def test_a_progress_that_raises_is_logged_once_and_the_run_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, (end, terminal) = Clock(), os.pipe()
+    os.close(end)
+    meter = Meter("run.stream", lambda line: os.write(terminal, line.encode()), clock)
+    for _ in range(40):
+        clock.now += 0.5
+        meter.written(1, 10, 10, 0.01)
+    os.close(terminal)
+    assert meter.packets == 40
+    (told,) = caplog.records
+    assert (told.name, told.levelname) == ("actstore", "WARNING")
+    assert "run.stream: no more lines of progress: BrokenPipeError" in told.getMessage()
 
 
 def test_the_share_in_hooks_follows_from_the_firings_that_were_timed() -> None:

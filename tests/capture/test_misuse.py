@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +182,50 @@ def test_two_models_of_one_name_are_refused(log: Path) -> None:
         second(torch.ones(1, 8))
     with open_stream(log) as reader:
         assert len(reader.layers) == 14
+
+
+def test_a_model_that_is_loaded_again_takes_the_place_of_the_one_that_is_gone(log: Path) -> None:
+    one, model = framework(), sequential()
+    for number in range(2):
+        one.instrument_model(model)
+        with one.capture_activations(log.with_name(f"{number}.stream")):
+            model(torch.ones(1, 8))
+        before = weakref.ref(model)
+        model.itself = [model]  # as parts of models hold each other
+        model = sequential()
+    one.instrument_model(model)
+    assert before() is None
+    with one.capture_activations(log):
+        model(torch.ones(1, 8))
+    assert [each.layer for each in read(log)] == ["0", "1", "2", "3", "4", "5", ""]
+
+
+def test_an_earlier_model_that_still_exists_is_named_with_what_to_do(log: Path) -> None:
+    one, first, second = framework(), sequential(), sequential()
+    one.instrument_model(first)
+    one.instrument_model(second)
+    with (
+        pytest.warns(ActstoreWarning, match="no layer of 'model0', a Sequential, fired.*del"),
+        one.capture_activations(log),
+    ):
+        second(torch.ones(1, 8))
+    assert read(log)[0].layer == "model1.0"
+    del first
+    one.instrument_model(second)
+    with one.capture_activations(log.with_name("other.stream")):
+        second(torch.ones(1, 8))
+    assert read(log.with_name("other.stream"))[0].layer == "0"
+
+
+def test_a_framework_travels_with_its_models(log: Path) -> None:
+    one, first, second = framework(), sequential(), sequential()
+    one.instrument_model(first, name="a")
+    one.instrument_model(second, name="b")
+    other, *models = pickle.loads(pickle.dumps([one, first, second]))
+    with other.capture_activations(log):
+        for model in models:
+            model(torch.ones(1, 8))
+    assert {each.layer[0] for each in read(log)} == {"a", "b"}
 
 
 def test_instrumenting_a_model_again_replaces_what_was_said(log: Path) -> None:
@@ -441,6 +489,44 @@ def test_an_interrupt_while_hooks_are_taken_away_is_not_hidden(
     assert not hooks_of(model)
     with open_stream(log) as reader:
         assert reader.packet_count == 1
+
+
+def _saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _seen(*_: Any) -> None:
+    """Be a hook that can be pickled."""
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, _saved, lambda one: pickle.loads(pickle.dumps(one))]
+)
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_copy_of_a_model_that_is_captured_is_a_model_without_hooks_of_ours(
+    how: Callable[[Any], Any], stop: bool, log: Path
+) -> None:
+    model = sequential()
+    handle = model[0].register_forward_hook(_seen)
+    hooks = HookConfig(stop_after_last_layer=stop, target_layers=["0", "1"])
+    wanted = model(torch.ones(1, 8))
+    with capturing(model, log, hooks=hooks):
+        model(torch.ones(1, 8))
+        other, part = how(model), how(model[0])
+        assert torch.equal(other(torch.ones(1, 8)), wanted)
+        assert part(torch.ones(1, 8)).shape == (1, 16)
+        with torch.no_grad():
+            other[0].weight.zero_()
+        assert not torch.equal(other(torch.ones(1, 8)), wanted)  # its own forward, not ours
+        model(torch.ones(1, 8))
+    assert [one.layer for one in read(log)] == ["0", "1"] * 2
+    assert hooks_of(other) == hooks_of(model) == ["0"]
+    assert list(part._forward_hooks.values()) == [_seen]
+    assert {"forward", "__reduce_ex__"}.isdisjoint({*vars(other), *vars(other[0]), *vars(model)})
+    handle.remove()
 
 
 def test_hooks_of_others_stay_where_they_are(log: Path) -> None:

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
 from oracle import Oracle, assert_equals, capturing, framework, hooks_of, quiet, read
 from tiny_models import Apply, Each, build, sequential, token_ids
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
-from actstore.errors import ActstoreError, CaptureError, ConfigError
+from actstore.errors import ActstoreError, ActstoreWarning, CaptureError, ConfigError
 from actstore.packet import PassInfo
 from actstore.stream.reader import open_stream
 
@@ -455,6 +457,72 @@ def test_annotations_label_the_next_pass_alone(log: Path) -> None:
     }
 
 
+def _labels(log: Path) -> list[Any]:
+    return [one.annotations.get("sample_id") for one in _passes(log)]
+
+
+def test_the_steps_of_a_generation_have_the_labels_of_its_prompt(log: Path) -> None:
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    ids, model, one = token_ids(), build("llama"), framework()
+    one.instrument_model(model)
+    with quiet(), one.capture_activations(log), torch.no_grad():
+        one.annotate(sample_id=["a", "b"])
+        model.generate(ids, **how)
+        model.generate(ids, **how)  # nobody says of what
+        for names in (["c", "d", "c", "d"], ["e", "f"] * 2):
+            one.annotate(sample_id=names)
+            model.generate(ids, num_beams=2, **how)
+        assert ids.shape[0] == 2
+    beams = [["c", "d", "c", "d"]] * 3 + [["e", "f"] * 2] * 3
+    assert _labels(log) == [["a", "b"]] * 3 + [None] * 3 + beams
+
+
+@pytest.mark.parametrize("name", ["T5", "Mamba"])
+def test_models_of_other_kinds_go_on_with_their_labels_too(name: str, log: Path) -> None:
+    model, one = families.build(name), framework()
+    one.instrument_model(model)
+    with quiet(), one.capture_activations(log), torch.no_grad():
+        for sample in ("a", "b"):
+            one.annotate(sample_id=[sample] * 2)
+            model.generate(token_ids(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    labels = _labels(log)
+    half = len(labels) // 2
+    assert labels == [["a"] * 2] * half + [["b"] * 2] * half
+    assert half == 3 + (name == "T5")  # its encoder has a pass of its own
+
+
+def test_labels_go_on_behind_a_cache_until_it_is_emptied_or_others_are_given(log: Path) -> None:
+    model, one, cache = build("llama"), framework(), None
+    one.instrument_model(model)
+    with quiet(), one.capture_activations(log), torch.no_grad():
+        one.annotate(sample_id=["a"])
+        for _ in range(2):
+            cache = model(torch.tensor([[1, 2]]), cache=cache, use_cache=True).cache
+        one.annotate(turn=[2])
+        for _ in range(2):
+            model(torch.tensor([[3]]), cache=cache)
+        cache.batch_repeat_interleave(2)
+        model(torch.tensor([[3], [4]]), cache=cache)  # other items: no one knows which
+        cache.reset()
+        for _ in range(2):
+            model(torch.tensor([[5]]), cache=cache)
+    first, then = {"sample_id": ["a"]}, {"sample_id": ["a"], "turn": [2]}
+    found = [dict(info.annotations) for info in _passes(log)]
+    assert found == [first, first, then, then, {}, {}, {}]
+
+
+def test_labels_that_no_pass_takes_are_warned_of(log: Path) -> None:
+    model, one = sequential(), framework()
+    one.instrument_model(model)
+    with (
+        quiet(),
+        pytest.warns(ActstoreWarning, match="no pass followed .* labels 'sample_id', 'split'"),
+        one.capture_activations(log),
+    ):
+        model(torch.ones(1, 8))
+        one.annotate(sample_id=["a"], split=["x"])
+
+
 def test_the_later_of_two_annotations_of_a_label_counts(log: Path) -> None:
     model, one = sequential(), framework()
     one.instrument_model(model)
@@ -524,23 +592,24 @@ def test_a_tokenizer_is_asked_once_for_the_text_of_every_id_that_is_fed(log: Pat
         assert dict(reader.token_texts) == {5: "<5>\ud83d", 6: "<6>", 7: "<7>"}
 
 
-def test_texts_are_asked_again_of_a_tokenizer_that_failed(log: Path) -> None:
-    class Failing(Tokenizer):
-        def decode(self, ids: list[int]) -> str:
-            if not self.asked:
-                self.asked.append(-1)
-                raise ZeroDivisionError
-            return super().decode(ids)
-
-    model, one = build("llama"), framework()
-    one.instrument_model(model, tokenizer=Failing())
-    with quiet(), one.capture_activations(log), torch.no_grad():
-        with pytest.raises(ZeroDivisionError):
-            model(torch.tensor([[6]]))
-        model(torch.tensor([[6]]))
+def test_a_tokenizer_that_raises_leaves_out_a_text_and_warns_once(log: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("examples/tiny-llama")
+    model, one = Each(embed=lambda ids: ids * 2), framework()
+    one.instrument_model(model, tokenizer=tokenizer)
+    with (
+        quiet(),
+        pytest.warns(ActstoreWarning) as told,
+        torch.no_grad(),
+        one.capture_activations(log),
+    ):
+        model(torch.tensor([[1, -200, 3]]))  # an image's place, as LLaVA has it
+        model(torch.tensor([[1 << 40, 1 << 41, 4]]))
+        model(torch.tensor([[1 << 40]]))
+    (text,) = [str(each.message) for each in told]
+    assert f"no text of 2 ids that were fed, such as {1 << 40}: OverflowError(" in text
     with open_stream(log) as reader:
-        assert dict(reader.token_texts) == {6: "<6>"}
-        assert [one.index for one in reader.passes] == [0]
+        assert dict(reader.token_texts) == {id_: tokenizer.decode([id_]) for id_ in (1, 3, 4)}
+        assert [each.aborted for each in reader.passes] == [False] * 3
 
 
 def test_a_tokenizer_without_decode_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import random
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import actstore
 from actstore import codecs, dtypes
 from actstore.capture.encoding import Calls, encode
 from actstore.capture.group import ALIAS, Group, Kind
+from actstore.capture.memory import Memory
 from actstore.capture.pipeline import Pipeline
 from actstore.capture.stage import FLUSH_SECONDS, Stage
 from actstore.errors import CaptureError
@@ -226,17 +228,30 @@ def test_arenas_never_exceed_the_budget(budget: int) -> None:
 
 @pytest.mark.parametrize("codec", [0, 1, 2])
 @pytest.mark.parametrize("shrinks", [False, True])
+@pytest.mark.parametrize("cores", [2, 64])
 def test_everything_staged_sealed_and_encoded_stays_within_the_budget(
-    codec: int, shrinks: bool, tmp_path: Path
+    codec: int, shrinks: bool, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    budget = 32 * MIB
+    budget, mapped = 32 * MIB, 0
+    monkeypatch.setattr("actstore.machine.cores", lambda: cores)
+    if cores > 2:  # smaller groups, for there to be memory for more threads
+        monkeypatch.setattr("actstore.capture.stage.GROUP_BYTES", MIB)
+
+    def fresh(nbytes: int) -> Any:
+        nonlocal mapped  # what is used again is mapped, and not traced
+        mapped += nbytes
+        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+
     piece = noise(1, MIB)
     if shrinks:
         piece = piece & np.uint8(0x7F)
     writer = started(tmp_path / "gen.stream")
     tracemalloc.start()
     try:
-        stage = Stage(budget)
+        memory = Memory()
+        memory.use(fresh)
+        stage = Stage(budget, memory=memory)
+        assert stage.encoders == min(cores, 8)
         watched = stage._changed = Watched(stage)
 
         def produce() -> None:
@@ -251,8 +266,6 @@ def test_everything_staged_sealed_and_encoded_stays_within_the_budget(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # what is used again is mapped, and given back in the end
-    mapped = sum(one.nbytes for pieces in stage.memory._free.values() for one in pieces)
     assert mapped > budget / 2
     assert peak + mapped <= budget
 
