@@ -18,7 +18,7 @@ from actstore.errors import ConfigError
 from actstore.packet import LayerInfo
 from actstore.stream.reader import StreamReader
 from actstore.stream.table import COLUMNS, PacketTable
-from actstore.stream.united import UnitedReader, passes_of
+from actstore.stream.united import UnitedReader, features_of, passes_of, texts_of
 
 __all__ = ["JoinedReader"]
 
@@ -52,12 +52,8 @@ class JoinedReader:
     def __init__(self, readers: Sequence[StreamReader | UnitedReader]) -> None:
         self.readers = tuple(readers)
         self.layers = self._layers()
-        self.features = self._features()
-        self.token_texts = {
-            number: text
-            for one in reversed(self.readers)
-            for number, text in one.token_texts.items()
-        }
+        self.features = features_of(self.readers)
+        self.token_texts = texts_of(self.readers)
         counts = [passes_of(one) for one in self.readers]
         self.starts: Integers = np.cumsum([0, *counts], dtype=np.int64)[:-1]
         self.passes = tuple(
@@ -115,18 +111,6 @@ class JoinedReader:
                         f"layer {name!r} is site {known.site!r} of block {known.block} in "
                         f"{self.path}, and {info.site!r} of {info.block} in {one.path}: these are "
                         "different models; compact each by itself"
-                    )
-                    raise ConfigError(msg)
-        return found
-
-    def _features(self) -> dict[int, NDArray[np.uint32]]:
-        found: dict[int, NDArray[np.uint32]] = {}
-        for one in self.readers:
-            for width, kept in one.features.items():
-                if not np.array_equal(found.setdefault(width, kept), kept):
-                    msg = (
-                        f"{one.path} sampled other features of width {width} than {self.path}: "
-                        "compact each by itself, or capture them with one sampling_seed"
                     )
                     raise ConfigError(msg)
         return found

@@ -26,7 +26,7 @@ from actstore.packet import MAIN_AXES, Axis, LayerInfo, PassInfo, TokenRecord
 from actstore.stream.parts import Member, Part, decide
 from actstore.stream.table import COLUMNS, PacketTable
 
-__all__ = ["UnitedReader", "passes_of"]
+__all__ = ["UnitedReader", "features_of", "passes_of", "texts_of"]
 
 Integers = NDArray[np.int64]
 _NAMED: Final = 8
@@ -39,6 +39,31 @@ def passes_of(reader: Any) -> int:
     """Give how many indices the passes of a log take."""
     last = max((info.index for info in reader.passes), default=-1)
     return max(last, int(reader.table.pass_index.max(initial=-1))) + 1
+
+
+def features_of(readers: Sequence[Any]) -> dict[int, NDArray[np.uint32]]:
+    """Give the features that sampled logs kept, by width.
+
+    Raises
+    ------
+    ConfigError
+        Two of them kept others.
+    """
+    found: dict[int, NDArray[np.uint32]] = {}
+    for one in readers:
+        for width, kept in one.features.items():
+            if not np.array_equal(found.setdefault(width, kept), kept):
+                msg = (
+                    f"{one.path} sampled other features of width {width} than {readers[0].path}: "
+                    "compact each by itself, or capture them with one sampling_seed"
+                )
+                raise ConfigError(msg)
+    return found
+
+
+def texts_of(readers: Sequence[Any]) -> dict[int, str]:
+    """Give what token ids stand for; where logs differ, as the first one says."""
+    return {number: text for one in reversed(readers) for number, text in one.token_texts.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,12 +126,8 @@ class UnitedReader:
         self._limit = self._passes_kept()
         self.passes = tuple(self._pass_infos())
         self.tokens = self._tokens()
-        self.features = _features(self._members)
-        self.token_texts = {
-            number: text
-            for one in reversed(self.readers)
-            for number, text in one.token_texts.items()
-        }
+        self.features = features_of(self.readers)
+        self.token_texts = texts_of(self.readers)
         parts = decide(self._members, whole=whole)
         infos = [replace(one.info, id=number, shard=None) for number, one in enumerate(parts)]
         self.layers: Mapping[str, LayerInfo] = MappingProxyType({one.name: one for one in infos})
@@ -564,16 +585,3 @@ def _runs(
     begins = single & (within % most == 0)
     starts = np.flatnonzero(begins).astype(np.int64)
     return np.where(single, np.cumsum(begins, dtype=np.int64) - 1, -1), starts
-
-
-def _features(members: Sequence[Member]) -> dict[int, NDArray[np.uint32]]:
-    found: dict[int, NDArray[np.uint32]] = {}
-    for one in members:
-        for width, kept in one.reader.features.items():
-            if not np.array_equal(found.setdefault(width, kept), kept):
-                msg = (
-                    f"{one} sampled other features of width {width} than {members[0]}: capture "
-                    "all of them with one sampling_seed"
-                )
-                raise ConfigError(msg)
-    return found
