@@ -20,9 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final, NamedTuple, Protocol, TypeVar
 
+from actstore import files
 from actstore.errors import BucketError, ConfigError
 
-__all__ = ["Bucket", "Listed", "RemotePath", "is_remote", "remote"]
+__all__ = ["Bucket", "Listed", "RemotePath", "is_remote", "local", "place_of", "remote"]
 
 T = TypeVar("T")
 
@@ -98,6 +99,31 @@ def remote(path: Any, options: Mapping[str, Any] | None = None) -> RemotePath | 
         _ = found.driver  # says at once what is wrong with the URL
         return RemotePath(found)
     return RemotePath(Bucket(str(path), options, path))
+
+
+def place_of(path: Any, asked: str, options: Mapping[str, Any] | None = None) -> Path | RemotePath:
+    """Give where a log or an archive is that is to be read: here, or in a bucket.
+
+    Raises as `remote` does; and `MissingFileError` where there is nothing on this machine.
+    """
+    far = remote(path, options)
+    return files.existing(path, asked) if far is None else far
+
+
+def local(path: Any, asked: str) -> Path:
+    """Give the path of a log or an archive that is on this machine.
+
+    Raises
+    ------
+    ConfigError
+        It is no path, or a URL.
+    MissingFileError
+        There is nothing.
+    """
+    if is_remote(path):
+        msg = f"{asked} takes no URLs; got {path}: copy it to a disk of this machine first"
+        raise ConfigError(msg)
+    return files.existing(path, asked)
 
 
 def _url_of(path: object) -> str | None:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from actstore import files, hdf5
-from actstore.archive import store, zipped
+from actstore.archive import zipped
 from actstore.archive.checks import ArchiveCheck
+from actstore.archive.root import read_root
 from actstore.archive.zipped import Place, ZipPath
+from actstore.buckets import local
 from actstore.compaction import Pathlike, Progress, compact
 from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
 from actstore.stream.legacy import is_legacy
@@ -123,7 +125,7 @@ def export(
     if kind == "HDF5":
         hdf5.check_installed()
     compression = _check_compression(compression, kind)
-    place = files.existing(source, "export")
+    place = local(source, "export")
     files.check_new(target)
     with _archive(place, target, max_memory_gb) as archive, _partial(target) as partial:
         make = _hdf5 if kind == "HDF5" else _zip
@@ -158,12 +160,12 @@ def _check_compression(given: str | None, kind: str) -> str:
 def _archive(place: Path, target: Path, gigabytes: float) -> Iterator[Place]:
     """Give the archive to export: of a log one that is made, and removed whatever happens."""
     if place.is_dir():
-        store.read_root(place)
+        read_root(place)
         yield place
         return
     if zipped.is_zip(place) and target_of(target)[1] == "HDF5":
         found = ZipPath(place)
-        store.read_root(found)
+        read_root(found)
         yield found
         return
     if not (is_log(place) or is_legacy(place)):

@@ -25,7 +25,9 @@ from actstore.archive import shards, store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.jobs import Written
 from actstore.archive.journal import Journal
+from actstore.archive.root import metadata_crc, read_root
 from actstore.archive.zipped import ZipPath
+from actstore.buckets import local
 from actstore.compaction import Pathlike, Progress
 from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
 
@@ -104,7 +106,7 @@ def import_archive(
         There is no file; it is none of actstore's; it is one of a later version.
     """
     began = time.monotonic()
-    place, folder = files.existing(source, "import_archive"), files.path_of(target)
+    place, folder = local(source, "import_archive"), files.path_of(target)
     files.check_new(folder)
     kind = _import_zip if place.is_file() and zipped.is_zip(place) else _import_hdf5
     if place.is_dir() or (kind is _import_hdf5 and not hdf5.is_hdf5(place)):
@@ -149,7 +151,7 @@ def _import_zip(
 ) -> tuple[int, int, int, int]:
     archive = ZipPath(place.absolute())
     members = archive.members
-    root = store.read_root(archive)
+    root = read_root(archive)
     try:
         odd = next(zipped.unexpected(root, members), None)
     except (AttributeError, KeyError, TypeError) as error:
@@ -219,7 +221,7 @@ def _import_hdf5(
         Hdf5Archive(place) as archive,
         Journal(folder, _making("HDF5", place, archive.data), "") as journal,
     ):
-        if len(set(store.metadata_crc(archive.data))) > 1:
+        if len(set(metadata_crc(archive.data))) > 1:
             msg = f"{place}: its metadata don't match their checksum; see actstore.verify"
             raise ArchiveError(msg)
         resumed = len(journal.done)

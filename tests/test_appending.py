@@ -13,7 +13,8 @@ import xarray as xr
 import actstore
 from actstore import files
 from actstore.appending import append
-from actstore.archive import grid, shards, store
+from actstore.archive import grid, shards
+from actstore.archive.root import read_attributes
 from actstore.compaction import compact
 from actstore.errors import ArchiveError, ConfigError, MissingFileError
 
@@ -34,7 +35,7 @@ def same(one: Path, other: Path) -> None:
                     assert left.tolist() == right.tolist(), name
                 else:
                     assert left.tobytes() == right.tobytes(), name
-    said, wanted = store.read_attributes(one), store.read_attributes(other)
+    said, wanted = read_attributes(one), read_attributes(other)
     for about in (said, wanted):
         del about["metadata_crc32c"], about["provenance"]["created"]
         about["coordinates"] = sorted(about["coordinates"].split())

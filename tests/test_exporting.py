@@ -21,9 +21,17 @@ import pytest
 import xarray as xr
 
 import actstore
-from actstore import dtypes, exporting
+from actstore import (
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationFramework,
+    dtypes,
+    exporting,
+    plots,
+)
 from actstore.archive import grid, store
 from actstore.archive.coordinates import STRING, Coordinate
+from actstore.archive.root import read_attributes
 from actstore.errors import ArchiveError, ConfigError, FormatError, MissingFileError
 from actstore.hdf5 import chunks, writing
 
@@ -277,7 +285,7 @@ def test_attributes_of_codes_groups_in_groups_and_any_small_array_are_mirrored(
     folder = plain.with_name("more.zarr")
     shutil.copytree(plain, folder)
     (folder / "zarr.json").unlink()
-    rows = store.read_attributes(plain)["rows"]
+    rows = read_attributes(plain)["rows"]
     said = {"scale_factor": 0.25, "add_offset": -1.0, "_FillValue": 255}
     for name, attributes in (("codes", said), ("statistics/mlp/mean", {"unit": ["a"]})):
         dims = ("layer", "token") if name == "codes" else ("layer", "bin")
@@ -293,7 +301,7 @@ def test_attributes_of_codes_groups_in_groups_and_any_small_array_are_mirrored(
         store.write_metadata(folder, name, {"zarr_format": 3, "node_type": "group"})
     for group in ("text", "tokens", "passes"):
         (folder / group / "zarr.json").unlink()
-    attributes = dict(store.read_attributes(plain))
+    attributes = dict(read_attributes(plain))
     attributes.pop("metadata_crc32c")
     store.ArchiveWriter(folder).finish(attributes)
     target = actstore.export(folder, tmp_path / "more.h5").path
@@ -415,6 +423,12 @@ def test_a_damaged_archive_is_not_exported(plain: Path, suffix: str, gone: bool)
 CHILD = """
 import sys
 import actstore
+from actstore import (
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationFramework,
+    plots,
+)
 print("begin", flush=True)
 actstore.export(sys.argv[1], sys.argv[2])
 """
@@ -580,3 +594,19 @@ def test_without_h5py_the_error_says_what_to_install(plain: Path, work: str) -> 
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))},
     )  # fmt: skip
     assert done.stdout == "ConfigError\n"
+
+
+@pytest.mark.parametrize("end", ["h5", "zarr.zip"])
+def test_a_file_of_an_archive_is_analysed_as_the_archive(
+    plain: Path, tmp_path: Path, end: str
+) -> None:
+    config = InstrumentationConfig(HookGranularity.FULL_TENSOR)
+    framework = InstrumentationFramework(config)
+    wanted = framework.analyze_activations(plain)
+    file = actstore.export(plain, tmp_path / f"run.{end}").path
+    for found in (
+        framework.analyze_activations(file),
+        actstore.analyze_activations_with_tokens(file, framework),
+    ):
+        assert found == wanted | {"stream_path": str(file)}
+    assert plots.run_rates(file).axes

@@ -16,6 +16,7 @@ from actstore.archive import store
 from actstore.archive.adding import ADDED
 from actstore.archive.names import leads_out
 from actstore.archive.precision import SCALE
+from actstore.archive.root import metadata_crc
 from actstore.archive.shards import check_shard, is_sealed, shard_path
 from actstore.archive.zipped import Place
 from actstore.buckets import RemotePath
@@ -126,7 +127,7 @@ class ArchiveCheck:
         place = place.fetched() if isinstance(place, RemotePath) else place
         data = place.read_bytes()
         self._looked_at(place)
-        wanted, found = store.metadata_crc(data)
+        wanted, found = metadata_crc(data)
         if wanted != found or not wanted:
             yield Finding("zarr.json", f"its CRC-32C is {found or 'missing'}, not {wanted!r}")
         try:

@@ -18,6 +18,7 @@ from actstore import codecs, files
 from actstore.bridges import activault, caches, folders, saelens, saev, torch_files, vllm
 from actstore.bridges.foreign import Foreign, Options, wanted_tokens
 from actstore.bridges.log import Content, write_log
+from actstore.buckets import local
 from actstore.compaction import compact
 from actstore.errors import ConfigError, FormatError
 
@@ -129,7 +130,7 @@ def import_activations(
     FormatError
         The source is damaged, or not what it says.
     """
-    place = files.existing(source, "import_activations")
+    place = local(source, "import_activations")
     options = Options(layers, wanted_tokens(tokens))
     name = _kind_of(place) if kind is None else kind
     if name not in KINDS:

@@ -51,7 +51,7 @@ def opened(
     with ExitStack() as stack:
         readers = [
             stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes))
-            for path in paths_of(streams, storage_options)
+            for path in paths_of(streams, "compact", storage_options)
         ]
         for one in readers:
             one.check()
@@ -60,13 +60,17 @@ def opened(
 
 
 def paths_of(
-    streams: Pathlike | Sequence[Pathlike], storage_options: Mapping[str, Any] | None = None
+    streams: Pathlike | Sequence[Pathlike],
+    asked: str,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> list[Path | RemotePath]:
-    """Give the paths of one log or several."""
+    """Give the paths of one log or several; ``asked`` is who wants them."""
     if isinstance(streams, str | os.PathLike):
         return [path_of(streams, storage_options)]
-    if not isinstance(streams, Sequence) or not streams:
-        msg = f"compact takes the path of a log, or a sequence of them; got {streams!r}"
+    if is_remote(streams):  # a store of obstore
+        return [path_of(streams, storage_options)]  # type: ignore[arg-type]
+    if not isinstance(streams, Sequence) or isinstance(streams, bytes) or not streams:
+        msg = f"{asked} takes the path of a log, or a sequence of them; got {streams!r}"
         raise ConfigError(msg)
     return [path_of(one, storage_options) for one in streams]
 

@@ -22,6 +22,8 @@ from actstore import files
 from actstore.archive import store
 from actstore.archive.coordinates import prefix_of
 from actstore.archive.redacting import check_names, copy_archive
+from actstore.archive.root import read_root
+from actstore.buckets import local
 from actstore.compaction import Pathlike, Progress, compact
 from actstore.errors import ActstoreError, ArchiveError, ConfigError
 from actstore.exporting import export
@@ -128,11 +130,11 @@ def share(  # noqa: PLR0913 - each is its own choice, by name
     if container not in _CONTAINERS:
         msg = f"container must be one of {', '.join(map(repr, _CONTAINERS))}; got {container!r}"
         raise ConfigError(msg)
-    place = files.existing(source, "share")
+    place = local(source, "share")
     hashes = _identity(model_folder, weights=hash_weights)
     with _made(Path(target)) as folder:
         archive = _archive(place, folder, privacy, max_memory_gb, progress)
-        root = store.read_root(archive)
+        root = read_root(archive)
         told = about or About(_stem(place))
         tables = [*_labels(archive, root, folder), _variables(root, folder)]
         data = archive
@@ -166,7 +168,7 @@ def what_leaves(source: Pathlike, *, privacy: Privacy | None = None) -> list[Lea
     list of Leaving
         What tells most of what was read first: texts, ids, labels of yours.
     """
-    place = files.existing(source, "what_leaves")
+    place = local(source, "what_leaves")
     if not place.is_dir():
         msg = f"{place} is no archive's folder: compact it first, then see what leaves"
         raise ConfigError(msg)
@@ -194,7 +196,7 @@ def _archive(
     if not place.is_dir():
         made = folder / ".source.zarr"
         compact(place, made, max_memory_gb=gigabytes, progress=progress)
-    root = store.read_root(made)
+    root = read_root(made)
     check_names(made, root)
     target = folder / f"{_stem(place)}.zarr"
     said = shared_attributes(root["attributes"], privacy)

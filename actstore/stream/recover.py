@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import files
+from actstore.buckets import local
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.reader import StreamReader
@@ -120,7 +121,7 @@ def recover(
     StreamCorruptError
         Nothing of it can be told: it was cut in its HEADER.
     """
-    place = Path(path)
+    place = local(path, "recover")
     if is_legacy(place):
         msg = (
             f"{place} is a log of llm-instrumentation, which says too little to be made whole; "

@@ -11,16 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import s3_faults
 import xarray as xr
 from loopback import Request, Way
 
 import actstore
+from actstore import (
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationFramework,
+    analysis,
+    plots,
+)
 from actstore.archive import grid
 from actstore.buckets import Bucket, remote
 from actstore.compaction import writing
 from actstore.errors import ArchiveError, BucketError, ConfigError, MissingFileError
+from actstore.overview import Overview
+from actstore.reporting.serving import serve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
 from logs import decoder_log, files_of
@@ -357,3 +367,70 @@ def test_the_command_takes_urls(log: Path, url: str, said: Options, way: Way) ->
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_whatever_reads_takes_a_url_and_storage_options(
+    log: Path, tmp_path: Path, url: str, said: Options
+) -> None:
+    far, local = f"{url}.zarr", tmp_path / "run.zarr"
+    actstore.compact(log, local)
+    norms = analysis.token_norms(actstore.open_dataset(local, chunks=None), "mlp")
+    analysis.save(norms, local, "norms")
+    for name, data in files_of(local).items():
+        bucket_of(far, said).put(name, data)
+    actstore.upload(log, url, storage_options=said)
+    framework = InstrumentationFramework(InstrumentationConfig(HookGranularity.FULL_TENSOR))
+    framework.storage_options = said
+
+    def without_place(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: one for name, one in found.items() if name != "stream_path"}
+
+    for here, there in ((log, url), (local, far)):
+        for analyse in (
+            framework.analyze_activations,
+            lambda path: actstore.analyze_activations_with_tokens(path, framework),
+        ):
+            found = analyse(there)
+            assert found["stream_path"] == there
+            assert without_place(found) == without_place(analyse(here))
+        assert Overview.of(there, storage_options=said).rows == Overview.of(here).rows
+        assert plots.run_rates(there, storage_options=said).axes
+        with xr.open_dataset(there, engine="actstore", storage_options=said) as opened:
+            assert opened.mlp.equals(actstore.open_dataset(here).mlp)
+    table = actstore.packet_table(url, storage_options=said)
+    pd.testing.assert_frame_equal(table, actstore.packet_table(log))
+    assert analysis.saved(far, storage_options=said).equals(analysis.saved(local))
+    for archive in (local, far):
+        report = actstore.verify(archive, against=[url], storage_options=said)
+        assert report.ok, report.damage
+    assert actstore.verify(far, against=log, storage_options=said).ok
+
+
+def test_a_file_url_is_read_where_a_path_is(log: Path) -> None:
+    actstore.upload(log, f"file://{log.parent}/far.stream")
+    table = actstore.packet_table(f"file://{log.parent}/far.stream")
+    pd.testing.assert_frame_equal(table, actstore.packet_table(log))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda url, path: actstore.append(path, url),
+        lambda url, path: actstore.add_coordinates(url, {"a": [1]}),
+        lambda url, path: actstore.remove_added(url, "a"),
+        lambda url, path: actstore.export(url, path / "a.h5"),
+        lambda url, path: actstore.import_archive(url, path / "a.zarr"),
+        lambda url, path: actstore.import_activations(url, path / "a.zarr"),
+        lambda url, path: actstore.recover(url),
+        lambda url, path: actstore.report(url, path / "a.html"),
+        lambda url, path: actstore.share(url, path / "a"),
+        lambda url, path: actstore.what_leaves(url),
+        lambda url, path: analysis.save(xr.Dataset({"a": 1}), url, "a"),
+        lambda url, path: serve(url),
+    ],
+)
+@pytest.mark.parametrize("kind", ["s3", "memory", "file"])
+def test_what_takes_no_urls_says_so(asked: Any, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"takes no URLs; got {kind}://.*: copy it"):
+        asked(f"{kind}://bucket/run.zarr", tmp_path)
+    assert not list(tmp_path.iterdir())
