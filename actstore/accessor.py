@@ -7,6 +7,7 @@ are read is ``dataset.py``'s, ``stream.rows``'s and zarr's.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ __all__ = [
     "ActstoreAccessor",
     "TokenAxis",
     "beneath_dask",
+    "check_dataset",
     "lazy_beneath",
     "remember_lazy",
     "token_axes",
@@ -546,6 +548,20 @@ class TokenAxis:
     def take(self, rows: NDArray[np.int64]) -> xr.Dataset:
         """Give the dataset with these rows."""
         return _take(self.dataset, self.dim, rows)
+
+
+def check_dataset(given: object) -> None:
+    """Refuse what is no dataset.
+
+    Raises
+    ------
+    ConfigError
+        It is none.
+    """
+    if not isinstance(given, xr.Dataset):
+        said = repr(given) if isinstance(given, str | os.PathLike) else type(given).__name__
+        msg = f"wanted an xarray.Dataset, as actstore.open_dataset gives it; got {said}"
+        raise ConfigError(msg)
 
 
 def token_axes(dataset: xr.Dataset) -> dict[str, TokenAxis]:

@@ -121,7 +121,8 @@ def local(path: Any, asked: str) -> Path:
         There is nothing.
     """
     if is_remote(path):
-        msg = f"{asked} takes no URLs; got {path}: copy it to a disk of this machine first"
+        said = _url_of(path) or path
+        msg = f"{asked} takes no URLs; got {said}: copy it to a disk of this machine first"
         raise ConfigError(msg)
     return files.existing(path, asked)
 

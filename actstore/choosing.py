@@ -15,6 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from actstore import dtypes
+from actstore.accessor import check_dataset
 from actstore.archive import grid, shards
 from actstore.archive.precision import Errors, Precision, decoded
 from actstore.errors import ConfigError
@@ -88,8 +89,9 @@ def choose_precision(
     Raises
     ------
     ConfigError
-        A bound is none, or there is no such variable, or it has no floats.
+        It is no dataset; a bound is none; or there is no such variable, or it has no floats.
     """
+    check_dataset(dataset)
     tried = _candidates(nmse, plain=plain)
     names = _names(dataset, variables)
     columns = ("ratio", "nmse", "feature_nmse", "largest_error")

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from actstore import files, hdf5
+from actstore import hdf5
 from actstore.accessor import remember_lazy
 from actstore.archive import layout, store, zipped
 from actstore.archive.precision import CODING
 from actstore.archive.reading import Rows, ShardedRows, value_rows
 from actstore.archive.root import FORMAT, arrays_of, is_archive, read_root
 from actstore.archive.zipped import Place, ZipPath
-from actstore.buckets import RemotePath, remote
+from actstore.buckets import RemotePath, place_of, remote
 from actstore.compaction.logs import element_reader, plan_log, row_reader
 from actstore.errors import FormatError, MissingFileError, UnsupportedVersionError
 from actstore.stream.legacy import is_legacy
@@ -179,10 +179,9 @@ def open_lazily(
     path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
 ) -> xr.Dataset:
     """Open a log or an archive without dask; raises as `open_dataset` does."""
-    far = remote(path, storage_options)
-    if far is not None:
-        return _over_bucket(far)
-    place = files.existing(path, "open_dataset")
+    place = place_of(path, "open_dataset", storage_options)
+    if isinstance(place, RemotePath):
+        return _over_bucket(place)
     if place.is_dir():
         return _over_archive(place)
     if hdf5.is_hdf5(place):

@@ -22,7 +22,7 @@ from actstore.archive.root import read_root
 from actstore.archive.zipped import Place, ZipPath
 from actstore.buckets import local
 from actstore.compaction import Pathlike, Progress, compact
-from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
+from actstore.errors import ArchiveError, ConfigError, FormatError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.resume import is_log
 
@@ -127,7 +127,11 @@ def export(
     compression = _check_compression(compression, kind)
     place = local(source, "export")
     files.check_new(target)
-    with _archive(place, target, max_memory_gb) as archive, _partial(target) as partial:
+    with (
+        files.writing(target),
+        _archive(place, target, max_memory_gb) as archive,
+        _partial(target) as partial,
+    ):
         make = _hdf5 if kind == "HDF5" else _zip
         made = make(archive, partial, compression, max_memory_gb, progress or _quiet)
     size = target.stat().st_size
@@ -187,21 +191,15 @@ def _archive(place: Path, target: Path, gigabytes: float) -> Iterator[Place]:
 def _partial(target: Path) -> Iterator[Path]:
     """Give the file that is written; it becomes the target, or is removed where that fails."""
     partial = target.with_name(f".{target.name}.partial")
-    try:
-        with _held(partial, target):
-            try:
-                yield partial
-                files.fsync_file(partial)
-                files.check_new(target)
-                files.replace(partial, target)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        if isinstance(error, ActstoreError):
+    with _held(partial, target):
+        try:
+            yield partial
+            files.fsync_file(partial)
+            files.check_new(target)
+            files.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
             raise
-        msg = f"{target} could not be written: {error}; nothing was kept of it"
-        raise ArchiveError(msg) from error
 
 
 @contextmanager

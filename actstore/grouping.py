@@ -19,7 +19,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from actstore.accessor import TokenAxis, lazy_beneath, token_axes
+from actstore.accessor import TokenAxis, check_dataset, lazy_beneath, token_axes
 from actstore.archive.coordinates import texts_of
 from actstore.archive.precision import EXACT
 from actstore.errors import ConfigError
@@ -85,8 +85,8 @@ def group_statistics(  # noqa: PLR0913 - each is its own choice, by name
     Raises
     ------
     ConfigError
-        There is no such variable, label or layer; or the groups don't fit in the memory: give
-        more, fewer layers, ``top`` or ``min_count``.
+        ``ds`` is no dataset; there is no such variable, label or layer; or the groups don't fit
+        in the memory: give more, fewer layers, ``top`` or ``min_count``.
 
     Notes
     -----
@@ -135,9 +135,9 @@ class _Rows:
         dim: str | None,
         layer: int | Sequence[int] | None,
     ) -> _Rows:
-        if not isinstance(ds, xr.Dataset) or name not in ds.data_vars:
-            known = [*map(str, ds.data_vars)] if isinstance(ds, xr.Dataset) else []
-            msg = f"there is no variable {name!r}; there are {known}"
+        check_dataset(ds)
+        if name not in ds.data_vars:
+            msg = f"there is no variable {name!r}; there are {[*map(str, ds.data_vars)]}"
             raise ConfigError(msg)
         array, axes = ds[name], token_axes(ds)
         if "code_offset" in array.attrs or f"{name}{EXACT}" in ds.variables:

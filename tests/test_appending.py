@@ -186,3 +186,14 @@ def test_folders_change_names(tmp_path: Path) -> None:
     np.testing.assert_equal(len(list(tmp_path.iterdir())), 2)
     with pytest.raises(FileNotFoundError):
         files.exchange(tmp_path / "gone", tmp_path / "two")
+
+
+@pytest.mark.parametrize("given", [None, b"run.stream", (), 3])
+def test_what_are_no_logs_is_refused_by_who_wanted_them(given: Any, tmp_path: Path) -> None:
+    archive = actstore.compact(decoder_log(tmp_path / "run.stream").path, tmp_path / "a.zarr").path
+    with pytest.raises(ConfigError, match="append takes the path of a log, or a sequence"):
+        actstore.append(given, archive)
+    with pytest.raises(ConfigError, match="compact takes the path of a log, or a sequence"):
+        actstore.compact(given, tmp_path / "b.zarr")
+    with pytest.raises(ConfigError, match="verify takes the path of a log, or a sequence"):
+        actstore.verify(archive, against=given or ())

@@ -618,7 +618,7 @@ def test_the_tables_of_tokens_and_passes_hold_what_was_recorded(tmp_path: Path) 
             **{"step": [0], "token_id": [5], "token_text": ["a\0é"], "pass_index": [0]},
             **{"time": [0.0], "position": [pytest.approx(float("nan"), nan_ok=True)]},
         }
-        assert tuple(tokens.sizes) == ("token",)
+        assert tuple(tokens.sizes) == ("recorded",)
     with xr.open_zarr(tmp_path / "run.zarr", group="passes") as passes:
         assert {name: one.values.tolist() for name, one in passes.items()} == {
             **{"index": [0, 1], "entry": ["", ""], "aborted": [False, True]},

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import xarray as xr
+from zarr.storage import ZipStore
 
 import actstore
 from actstore import (
@@ -610,3 +611,42 @@ def test_a_file_of_an_archive_is_analysed_as_the_archive(
     ):
         assert found == wanted | {"stream_path": str(file)}
     assert plots.run_rates(file).axes
+
+
+def test_every_container_opens_as_a_tree_without_actstore(plain: Path, tmp_path: Path) -> None:
+    with xr.open_zarr(plain, group="tokens", chunks=None) as tokens:
+        assert dict(tokens.sizes) == {"recorded": len(tokens.step)} != {"recorded": 0}
+    actstore.export(plain, tmp_path / "run.h5")
+    actstore.export(plain, tmp_path / "run.zarr.zip")
+    for source, engine in (
+        (plain, "zarr"),
+        (ZipStore(tmp_path / "run.zarr.zip", mode="r"), "zarr"),
+        (tmp_path / "run.h5", "h5netcdf"),
+    ):
+        with xr.open_datatree(source, engine=engine) as tree, xr.open_zarr(plain) as root:
+            assert tree.to_dataset(inherit=False).equals(root)
+            assert {"/tokens", "/passes", "/text"} <= set(tree.groups)
+            assert tree["tokens"].to_dataset(inherit=False).equals(tokens)
+
+
+def test_an_archive_whose_table_of_tokens_has_the_rows_dimension_is_read(
+    plain: Path, tmp_path: Path
+) -> None:
+    """It was so before: no reader goes by the name."""
+    old = tmp_path / "old.zarr"
+    shutil.copytree(plain, old)
+    for path in (old / "tokens").glob("*/zarr.json"):
+        path.write_bytes(path.read_bytes().replace(b'"recorded"', b'"token"'))
+    writer = store.ArchiveWriter(old)
+    writer.write_root(read_attributes(old), writer.nodes("."))
+    assert actstore.verify(old, against=tmp_path / "run.stream").ok
+    file = actstore.export(old, tmp_path / "old.h5").path
+    assert actstore.verify(file).ok
+    assert files_of(actstore.import_archive(file, tmp_path / "again.zarr").path) == files_of(old)
+    with actstore.open_dataset(old) as found, actstore.open_dataset(plain) as wanted:
+        assert found.equals(wanted)
+    later = decoder_log(tmp_path / "later.stream", run="later").path
+    actstore.append(later, old)
+    with xr.open_zarr(old, group="tokens") as tokens:
+        assert "recorded" in tokens.sizes
+    assert actstore.verify(old, against=[tmp_path / "run.stream", later]).ok

@@ -37,6 +37,8 @@ def save(
 
     They are in its group ``statistics/<name>``: ``xarray.open_zarr(archive,
     group="statistics/<name>")`` opens them without actstore, and `actstore.verify` checks them.
+    `xarray.open_datatree` opens it with the archive, unless they are of some layers or rows only:
+    a dimension then has another length there than in the archive.
     No value of the archive is read or written; a kill leaves all of them or none. `append`
     refuses an archive that has some, since they are not of the new rows:
     ``actstore.remove_added(archive, "statistics/<name>")`` takes them out.

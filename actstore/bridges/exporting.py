@@ -26,6 +26,7 @@ from actstore.accessor import beneath_dask
 from actstore.archive.coordinates import SOURCE_ROW
 from actstore.bridges import arrow, safe_tensors
 from actstore.bridges.folders import LABELS
+from actstore.buckets import place_of
 from actstore.dataset import open_lazily
 from actstore.errors import ConfigError
 
@@ -129,11 +130,13 @@ def export_rows(
     ------
     ConfigError
         An argument can't be honoured, a layer isn't there, or a package isn't.
+    ArchiveError
+        The target can't be written.
     MissingFileError, FormatError, StreamCorruptError
         As for `open_dataset`.
     """
     began = time.monotonic()
-    path = Path(target)
+    path = files.path_of(target)
     kind = _FORMATS.get(path.suffix, "") if format is None else format
     if kind not in _FORMATS.values():
         msg = (
@@ -145,9 +148,11 @@ def export_rows(
         msg = f"context_size is of SAELens' format; the target is {kind}"
         raise ConfigError(msg)
     with ExitStack() as stack:
-        dataset = (
-            source if isinstance(source, xr.Dataset) else stack.enter_context(open_lazily(source))
-        )
+        if isinstance(source, xr.Dataset):
+            dataset = source
+        else:
+            place = place_of(source, "export_rows")
+            dataset = stack.enter_context(open_lazily(place))
         rows = _Rows.of(beneath_dask(dataset), layers, names or {}, dim, max_memory_gb, kind)
         made = stack.enter_context(files.appearing(path, folder=kind == "saelens"))
         if kind == "parquet":

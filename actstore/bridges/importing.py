@@ -202,7 +202,7 @@ def _make(
 ) -> ImportReport:
     began = time.monotonic()
     codecs.check_name(compression)
-    path = Path(target)
+    path = files.path_of(target)
     if path.suffix not in (_LOG, _ARCHIVE):
         msg = f"the target must end with {_LOG} (a log) or {_ARCHIVE} (an archive); got {path}"
         raise ConfigError(msg)

@@ -250,7 +250,7 @@ def _add_labels(writer: store.ArchiveWriter, content: Content) -> None:
     for variable in plan.variables:
         if variable.partial:
             writer.add_small(variable.present())
-    for group, dim in (("tokens", "token"), ("passes", "pass")):
+    for group, dim in (("tokens", "recorded"), ("passes", "pass")):
         for name, values in content.tables[group].items():
             writer.add_small(Coordinate(name, (dim,), values), group=group)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ from actstore.archive.redacting import check_names, copy_archive
 from actstore.archive.root import read_root
 from actstore.buckets import local
 from actstore.compaction import Pathlike, Progress, compact
-from actstore.errors import ActstoreError, ArchiveError, ConfigError
+from actstore.errors import ArchiveError, ConfigError
 from actstore.exporting import export
 from actstore.sharing.card import About, card, variables
 from actstore.sharing.croissant import Resource, Table, describe
@@ -132,7 +131,8 @@ def share(  # noqa: PLR0913 - each is its own choice, by name
         raise ConfigError(msg)
     place = local(source, "share")
     hashes = _identity(model_folder, weights=hash_weights)
-    with _made(Path(target)) as folder:
+    target = files.path_of(target)
+    with files.appearing(target, folder=True, taken=ArchiveError) as folder:
         archive = _archive(place, folder, privacy, max_memory_gb, progress)
         root = read_root(archive)
         told = about or About(_stem(place))
@@ -150,7 +150,7 @@ def share(  # noqa: PLR0913 - each is its own choice, by name
         made = {path: files.sha256(path) for path in _files(folder)}
         _croissant(folder, told, tables, data, made)
         count, nbytes = _manifest(folder, made)
-    return Shared(Path(target), Path(target, data.name), count, nbytes, listed)
+    return Shared(target, target / data.name, count, nbytes, listed)
 
 
 def what_leaves(source: Pathlike, *, privacy: Privacy | None = None) -> list[Leaving]:
@@ -173,19 +173,6 @@ def what_leaves(source: Pathlike, *, privacy: Privacy | None = None) -> list[Lea
         msg = f"{place} is no archive's folder: compact it first, then see what leaves"
         raise ConfigError(msg)
     return leaving(place, privacy or Privacy())
-
-
-@contextmanager
-def _made(target: Path) -> Iterator[Path]:
-    """Give a folder that becomes the target, or is removed where that fails."""
-    try:
-        with files.appearing(target, folder=True, taken=ArchiveError) as folder:
-            yield folder
-    except OSError as error:
-        if isinstance(error, ActstoreError):
-            raise
-        msg = f"{target} could not be made: {error}; nothing was kept of it"
-        raise ArchiveError(msg) from error
 
 
 def _archive(
