@@ -5,7 +5,6 @@ How that is done, and what a kill leaves, is ``archive.adding``'s; what a label 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
@@ -19,12 +18,12 @@ from actstore.archive.adding import ADDED, add_arrays, remove_arrays
 from actstore.archive.coordinates import Coordinate
 from actstore.archive.root import read_attributes
 from actstore.buckets import local
+from actstore.compaction import Pathlike
 from actstore.errors import ConfigError, FormatError
 from actstore.joining import as_label
 
 __all__ = ["add_coordinates", "remove_added"]
 
-Pathlike = str | os.PathLike[str]
 Array = NDArray[Any]
 _MOST: Final = 5
 
