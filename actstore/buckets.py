@@ -23,7 +23,16 @@ from typing import IO, Any, Final, NamedTuple, Protocol, TypeVar
 from actstore import files
 from actstore.errors import BucketError, ConfigError
 
-__all__ = ["Bucket", "Listed", "RemotePath", "is_remote", "local", "place_of", "remote"]
+__all__ = [
+    "Bucket",
+    "Listed",
+    "RemotePath",
+    "is_remote",
+    "local",
+    "local_target",
+    "place_of",
+    "remote",
+]
 
 T = TypeVar("T")
 
@@ -120,11 +129,26 @@ def local(path: Any, asked: str) -> Path:
     MissingFileError
         There is nothing.
     """
-    if is_remote(path):
-        said = _url_of(path) or path
-        msg = f"{asked} takes no URLs; got {said}: copy it to a disk of this machine first"
-        raise ConfigError(msg)
+    _check_local(path, asked, "copy it to a disk of this machine first")
     return files.existing(path, asked)
+
+
+def local_target(path: Any, asked: str) -> Path:
+    """Give the path of what is to be made on this machine.
+
+    Raises
+    ------
+    ConfigError
+        It is no path, or a URL.
+    """
+    _check_local(path, asked, "give a path of this machine, and copy what is made")
+    return files.path_of(path)
+
+
+def _check_local(path: object, asked: str, instead: str) -> None:
+    if is_remote(path):
+        msg = f"{asked} takes no URLs; got {_url_of(path) or path}: {instead}"
+        raise ConfigError(msg)
 
 
 def _url_of(path: object) -> str | None:

@@ -20,7 +20,7 @@ from actstore.archive import zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.root import read_root
 from actstore.archive.zipped import Place, ZipPath
-from actstore.buckets import local
+from actstore.buckets import local, local_target
 from actstore.compaction import Pathlike, Progress, compact
 from actstore.errors import ArchiveError, ConfigError, FormatError
 from actstore.stream.legacy import is_legacy
@@ -141,7 +141,7 @@ def export(
 
 def target_of(given: Pathlike) -> tuple[Path, str]:
     """Give a path and what is there by its name; raise a `ConfigError` where that is nothing."""
-    target = files.path_of(given)
+    target = local_target(given, "export")
     for suffix, kind in SUFFIXES.items():
         if target.name.lower().endswith(suffix):
             return target, kind

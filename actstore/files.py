@@ -272,7 +272,7 @@ def writing(target: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, ActstoreError):
             raise
-        msg = f"{target} could not be written: {error}; nothing was kept of it"
+        msg = f"{target} could not be made: {error}; nothing was kept of it"
         raise ArchiveError(msg) from error
 
 

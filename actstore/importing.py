@@ -27,7 +27,7 @@ from actstore.archive.jobs import Written
 from actstore.archive.journal import Journal
 from actstore.archive.root import metadata_crc, read_root
 from actstore.archive.zipped import ZipPath
-from actstore.buckets import local
+from actstore.buckets import local, local_target
 from actstore.compaction import Pathlike, Progress
 from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
 
@@ -106,7 +106,7 @@ def import_archive(
         There is no file; it is none of actstore's; it is one of a later version.
     """
     began = time.monotonic()
-    place, folder = local(source, "import_archive"), files.path_of(target)
+    place, folder = local(source, "import_archive"), local_target(target, "import_archive")
     files.check_new(folder)
     kind = _import_zip if place.is_file() and zipped.is_zip(place) else _import_hdf5
     if place.is_dir() or (kind is _import_hdf5 and not hdf5.is_hdf5(place)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 SCRIPT = """
 import json, sys
 import actstore
-log, archive, locked = sys.argv[1:]
+log, archive, locked, torn = sys.argv[1:]
 
 def said(call):
     try:
@@ -35,6 +36,8 @@ framework = actstore.InstrumentationFramework(
     actstore.InstrumentationConfig(actstore.HookGranularity.FULL_TENSOR)
 )
 print(json.dumps({
+    "values": said(lambda: actstore.open_dataset(torn).mlp.load()),
+    "damage": [str(one) for one in actstore.verify(torn).damage],
     "open_dataset": said(lambda: actstore.open_dataset(locked)),
     "verify": said(lambda: actstore.verify(locked)),
     "analyze": said(lambda: framework.analyze_activations(locked)),
@@ -62,12 +65,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     here = folder / "here"
     here.mkdir()
     log = decoder_log(folder / "run.stream").path
-    archive, locked = (actstore.compact(log, folder / name).path for name in ("a", "locked"))
+    archive, locked, torn = (
+        actstore.compact(log, folder / name).path for name in ("a", "locked", "torn")
+    )
     locked.chmod(0)
+    (torn / "mlp/c/0/0/0").chmod(0)
     here.chmod(0o555)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, log, archive, locked],
+            [sys.executable, "-c", SCRIPT, log, archive, locked, torn],
             capture_output=True, text=True, cwd=here, check=False,
             preexec_fn=like_anybody,
         )  # fmt: skip
@@ -89,6 +95,14 @@ def test_an_archive_that_may_not_be_read_is_not_called_none(
     assert "zarr.json" in text
 
 
+def test_a_shard_that_may_not_be_read_is_told_by_its_name(told: dict[str, list[str]]) -> None:
+    kind, text = told["values"]
+    assert kind == "ArchiveError"
+    assert "torn/mlp/c/0/0/0 can't be read" in text
+    (damage,) = told["damage"]
+    assert damage.startswith("mlp/c/0/0/0: the file can't be read: ")
+
+
 @pytest.mark.parametrize(
     "call", ["compact", "export", "export of a log", "export_rows", "report", "share"]
 )
@@ -97,7 +111,7 @@ def test_a_folder_that_may_not_be_written_to_is_an_archive_error(
 ) -> None:
     kind, text = told[call]
     assert kind == "ArchiveError"
-    assert "could not be written" in text
+    assert re.search("could not be (written|made)", text)
     assert "Permission denied" in text
 
 

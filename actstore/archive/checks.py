@@ -232,8 +232,11 @@ class ArchiveCheck:
             return
         self._looked_at(path)
         self.checked["chunks"] += wanted.size
-        for number, reason in check_shard(path, wanted):
-            yield Finding(name if number < 0 else f"{name}, chunk {number}", reason)
+        try:
+            for number, reason in check_shard(path, wanted):
+                yield Finding(name if number < 0 else f"{name}, chunk {number}", reason)
+        except OSError as error:
+            yield Finding(name, f"the file can't be read: {error}")
 
     def _wanted(
         self, array: _Array, place: tuple[int, ...], companion: _Array | None

@@ -26,7 +26,7 @@ from actstore.accessor import beneath_dask
 from actstore.archive.coordinates import SOURCE_ROW
 from actstore.bridges import arrow, safe_tensors
 from actstore.bridges.folders import LABELS
-from actstore.buckets import place_of
+from actstore.buckets import local_target, place_of
 from actstore.dataset import open_lazily
 from actstore.errors import ConfigError
 
@@ -136,7 +136,7 @@ def export_rows(
         As for `open_dataset`.
     """
     began = time.monotonic()
-    path = files.path_of(target)
+    path = local_target(target, "export_rows")
     kind = _FORMATS.get(path.suffix, "") if format is None else format
     if kind not in _FORMATS.values():
         msg = (

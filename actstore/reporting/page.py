@@ -19,6 +19,7 @@ from typing import Any, Final
 import xarray as xr
 
 from actstore.accessor import check_dataset
+from actstore.buckets import local_target
 from actstore.dataset import is_dataset
 from actstore.errors import ConfigError
 from actstore.files import atomic_write, writing
@@ -143,11 +144,7 @@ def served_page(said: dict[str, Any]) -> tuple[str, str]:
 
 
 def _target(given: str | os.PathLike[str]) -> Path:
-    try:
-        path = Path(given)
-    except TypeError:
-        msg = f"target must be the path of the page; got {given!r}"
-        raise ConfigError(msg) from None
+    path = local_target(given, "report")
     if path.is_dir() or is_dataset(path):
         msg = f"{path} is a folder, a log or an archive; give the page a name of its own"
         raise ConfigError(msg)

@@ -22,7 +22,7 @@ from actstore.archive import store
 from actstore.archive.coordinates import prefix_of
 from actstore.archive.redacting import check_names, copy_archive
 from actstore.archive.root import read_root
-from actstore.buckets import local
+from actstore.buckets import local, local_target
 from actstore.compaction import Pathlike, Progress, compact
 from actstore.errors import ArchiveError, ConfigError
 from actstore.exporting import export
@@ -131,7 +131,7 @@ def share(  # noqa: PLR0913 - each is its own choice, by name
         raise ConfigError(msg)
     place = local(source, "share")
     hashes = _identity(model_folder, weights=hash_weights)
-    target = files.path_of(target)
+    target = local_target(target, "share")
     with files.appearing(target, folder=True, taken=ArchiveError) as folder:
         archive = _archive(place, folder, privacy, max_memory_gb, progress)
         root = read_root(archive)

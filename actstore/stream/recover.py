@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import files
-from actstore.buckets import local
+from actstore.buckets import local, local_target
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.reader import StreamReader
@@ -134,7 +134,7 @@ def recover(
         kept = _Intact(reader, lambda done: progress(done, 3 * size))
         if reader.complete and not kept.damage and kept.rows.all():
             return kept.report(place)
-        target = Path(out) if out is not None else _beside(place)
+        target = local_target(out, "recover") if out is not None else _beside(place)
         if target.exists():
             msg = f"{target} exists, and is not overwritten; give another out, or remove it"
             raise ConfigError(msg)

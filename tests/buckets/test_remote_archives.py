@@ -436,3 +436,22 @@ def test_what_takes_no_urls_says_so(asked: Any, kind: str, tmp_path: Path) -> No
         with pytest.raises(ConfigError, match=rf"takes no URLs; got {kind}://bucket/run.zarr: "):
             asked(Path(f"{kind}://bucket/run.zarr"), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda path, url: actstore.export(path, f"{url}.h5"),
+        lambda path, url: actstore.export_rows(path, f"{url}.parquet"),
+        lambda path, url: actstore.import_archive(path, url),
+        lambda path, url: actstore.import_activations(path, f"{url}.zarr", kind="folder"),
+        lambda path, url: actstore.save_cache({"a": np.zeros((1, 1, 1))}, f"{url}.zarr"),
+        lambda path, url: actstore.report(path, f"{url}.html"),
+        lambda path, url: actstore.share(path, url),
+    ],
+)
+def test_what_makes_nothing_in_a_bucket_says_so(asked: Any, log: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"takes no URLs; got memory://bucket/made.*: give a path"
+    ):
+        asked(log, "memory://bucket/made")
