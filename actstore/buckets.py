@@ -92,9 +92,12 @@ def remote(path: Any, options: Mapping[str, Any] | None = None) -> RemotePath | 
     Raises
     ------
     ConfigError
-        What reads such URLs is not installed or doesn't take them; or there are options, and no
-        URL.
+        What reads such URLs is not installed or doesn't take them; there are options, and no URL;
+        or these are no mapping.
     """
+    if options is not None and not isinstance(options, Mapping):
+        msg = f"storage_options must be a mapping, such as {{'region': '…'}}; got {options!r}"
+        raise ConfigError(msg)
     if isinstance(path, RemotePath):
         return path
     if not is_remote(path):

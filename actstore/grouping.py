@@ -96,7 +96,7 @@ def group_statistics(  # noqa: PLR0913 - each is its own choice, by name
     """
     _check_numbers(top=top, min_count=min_count, workers=workers, max_memory_gb=max_memory_gb)
     rows = _Rows.of(ds, variable, dim, layer)
-    groups = _Groups.of(rows.axis, [by] if isinstance(by, str) else list(by), padding=padding)
+    groups = _Groups.of(rows.axis, by, padding=padding)
     groups = groups.most(top, min_count)
     block = _block_rows(rows, groups.count, workers, max_memory_gb)
     shape = (len(rows.places), groups.count, rows.width)
@@ -136,7 +136,7 @@ class _Rows:
         layer: int | Sequence[int] | None,
     ) -> _Rows:
         check_dataset(ds)
-        if name not in ds.data_vars:
+        if not isinstance(name, str) or name not in ds.data_vars:
             msg = f"there is no variable {name!r}; there are {[*map(str, ds.data_vars)]}"
             raise ConfigError(msg)
         array, axes = ds[name], token_axes(ds)
@@ -223,8 +223,9 @@ class _Groups:
     labels: pd.DataFrame
 
     @classmethod
-    def of(cls, axis: TokenAxis, by: Sequence[str], *, padding: bool) -> _Groups:
-        odd = [one for one in by if one not in axis]
+    def of(cls, axis: TokenAxis, by: str | Sequence[str], *, padding: bool) -> _Groups:
+        by = [by] if isinstance(by, str) or not isinstance(by, Sequence) else by
+        odd = [one for one in by if not isinstance(one, str) or one not in axis]
         if odd or not by:
             named = ", ".join(map(repr, axis.names))
             msg = f"by must be labels of {axis.dim!r}, {named}; got {odd or by!r}"

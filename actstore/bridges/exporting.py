@@ -102,7 +102,8 @@ def export_rows(
     Parameters
     ----------
     source : path or xarray.Dataset
-        A log or an archive, or rows of it as ``dataset.actstore`` chooses them.
+        A log or an archive, also by a URL for which the environment says what is needed; or a
+        dataset, or rows of it as ``dataset.actstore`` chooses them.
     target : path
         ``.parquet``, ``.safetensors``, or without an ending, a folder for SAELens; must not exist.
     layers : str or sequence of str, optional

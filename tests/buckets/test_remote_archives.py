@@ -175,6 +175,9 @@ def test_what_is_not_there_or_not_answered_is_said(url: str, said: Options, way:
         actstore.open_dataset(url, storage_options=said)
     with pytest.raises(ConfigError, match="no URL"):
         actstore.open_dataset("run.zarr", storage_options=said)
+    for options in (3, "region"):
+        with pytest.raises(ConfigError, match="storage_options must be a mapping"):
+            actstore.open_dataset(url, storage_options=options)
     with pytest.raises(MissingFileError, match=f"no log at {url}"):
         actstore.verify(url, storage_options=said)
     with pytest.raises(ConfigError, match="is no store"):
