@@ -75,7 +75,7 @@ def read_root(path: Place) -> dict[str, Any]:
     try:
         data = _read_json(path / "zarr.json")
     except PermissionError as error:
-        msg = f"{path} can't be read: {error}; get leave to read it, or give another path"
+        msg = f"{path} can't be read: {error}; mend that, or give another path"
         raise ConfigError(msg) from error
     except FileNotFoundError as error:
         msg = f"{path} is no archive of actstore: it has no zarr.json"
