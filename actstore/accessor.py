@@ -7,10 +7,10 @@ are read is ``dataset.py``'s, ``stream.rows``'s and zarr's.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Final
 
 import numpy as np
@@ -19,17 +19,18 @@ import xarray as xr
 from numpy.typing import NDArray
 
 import actstore
-from actstore import hook_names
 from actstore.archive.coordinates import ROW_LABELS, SOURCE_ROW, prefix_of
 from actstore.archive.precision import CODING, EXACT, SCALE, Precision
 from actstore.errors import ConfigError
 from actstore.joining import MISSING, as_label, as_table, matches, picked
+from actstore.layers import instead, layers_of, no_layer, sites_meant
 from actstore.markup import Page
 
 __all__ = [
     "ActstoreAccessor",
     "TokenAxis",
     "beneath_dask",
+    "check_dataset",
     "lazy_beneath",
     "remember_lazy",
     "token_axes",
@@ -379,7 +380,7 @@ class ActstoreAccessor:
     def layers(self) -> dict[str, str]:
         """The names of the layers that have rows, and the variable that holds each."""
         found: dict[str, str] = {}
-        for one in _layers(self._dataset):
+        for one in layers_of(self._dataset, token_axes(self._dataset)):
             found.setdefault(one.name, one.variable)
         return found
 
@@ -411,14 +412,14 @@ class ActstoreAccessor:
             left out.
         """
         dataset = self._dataset
-        layers = _layers(dataset)
-        meant = _sites_meant(name, dataset.attrs.get("aliases", {}))
+        layers = layers_of(dataset, token_axes(dataset))
+        meant = sites_meant(name, dataset.attrs.get("aliases", {}))
         held = [one for one in layers if one.name == name]
         held = held or [one for one in layers if (one.site, one.block) in meant]
         if dim is not None:
             held = [one for one in held if one.axis == self._axis(dim).dim]
         if not held:
-            raise ConfigError(_no_layer(dataset, name, list(self.layers)))
+            raise ConfigError(no_layer(dataset, name, list(self.layers)))
         axes = dict.fromkeys(one.axis for one in held)
         if len(axes) > 1:
             msg = f"{name!r} has rows on {', '.join(map(repr, axes))}; say on which with dim"
@@ -446,7 +447,7 @@ class ActstoreAccessor:
             raise ConfigError(_no_axis(self._dataset, axes, dim))
         if not found:
             names = [name for axis in axes.values() for name in axis.names]
-            msg = f"no label {label!r} on {', '.join(map(repr, axes))}; {_instead(label, names)}"
+            msg = f"no label {label!r} on {', '.join(map(repr, axes))}; {instead(label, names)}"
             raise ConfigError(msg)
         return found[0]
 
@@ -563,6 +564,20 @@ class TokenAxis:
         return _take(self.dataset, self.dim, rows)
 
 
+def check_dataset(given: object) -> None:
+    """Refuse what is no dataset.
+
+    Raises
+    ------
+    ConfigError
+        It is none.
+    """
+    if not isinstance(given, xr.Dataset):
+        said = repr(given) if isinstance(given, str | os.PathLike) else type(given).__name__
+        msg = f"wanted an xarray.Dataset, as actstore.open_dataset gives it; got {said}"
+        raise ConfigError(msg)
+
+
 def token_axes(dataset: xr.Dataset) -> dict[str, TokenAxis]:
     """Find the token axes: the dimensions whose rows have a pass."""
     labels: dict[str, list[str]] = {}
@@ -663,7 +678,7 @@ def _columns(
     chosen = left if wanted is None else list(dict.fromkeys(wanted))
     for one in (*keys.values(), *chosen):
         if one not in known:
-            msg = f"the table has no column {one!r}; {_instead(one, known)}"
+            msg = f"the table has no column {one!r}; {instead(one, known)}"
             raise ConfigError(msg)
     return chosen
 
@@ -711,79 +726,6 @@ def _satisfying(column: pd.Series, wanted: Callable[[pd.Series], Any]) -> NDArra
     return found
 
 
-# -- layers -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer of a dataset: where its rows are, its place on ``layer``, and its block or -1."""
-
-    name: str
-    variable: str
-    axis: str
-    site: str
-    place: int
-    block: int
-
-
-def _layers(dataset: xr.Dataset) -> list[_Layer]:
-    """Find the layers that have rows; first in the variable that has the shortest name."""
-    found, axes = [], token_axes(dataset)
-    for name in sorted(map(str, dataset.data_vars), key=len):
-        variable = dataset.variables[name]
-        modules, site = variable.attrs.get("modules"), str(variable.attrs.get("site"))
-        if not isinstance(modules, list | tuple):  # of ragged values it is a mapping
-            continue
-        axis = next((str(dim) for dim in variable.dims if dim in axes), "")
-        if "layer" not in variable.dims and len(modules) == 1:
-            found.append(_Layer(modules[0], name, axis, site, 0, -1))
-            continue
-        if "layer" not in dataset.coords:  # one was chosen, and which is forgotten
-            continue
-        blocks = np.atleast_1d(dataset["layer"].values)
-        for place, module in enumerate(_modules_left(dataset, modules, blocks)):
-            if module:
-                found.append(_Layer(module, name, axis, site, place, int(blocks[place])))
-    return found
-
-
-def _modules_left(
-    dataset: xr.Dataset, modules: Sequence[str], blocks: NDArray[np.int64]
-) -> Sequence[str]:
-    """Give the modules of the places on ``layer`` that the dataset still has; "" for none."""
-    if len(blocks) == len(modules) and np.all(np.diff(blocks) > 0):
-        return modules
-    found = [""] * len(blocks)
-    for label in dataset.coords:  # places were chosen: a module is known by that of its block
-        if str(label).endswith("module") and dataset[label].dims in ((), ("layer",)):
-            heads = np.atleast_1d(dataset[label].values).tolist()
-            for place, head in enumerate(map(str, heads)):
-                inside = (one for one in modules if _is_within(one, head))
-                found[place] = next(inside, found[place])
-    return found
-
-
-def _is_within(module: str, head: str) -> bool:
-    """Whether a layer is a module, is inside it, or is another of its tensors (``name@in``)."""
-    return bool(head) and module.startswith(head) and module[len(head) :][:1] in ("", *".@#")
-
-
-def _sites_meant(name: str, aliases: Mapping[str, str]) -> list[tuple[str, int]]:
-    """Give the stored sites, and blocks or -1, that a name of no stored layer can mean."""
-    named = hook_names.parse(name)
-    if named is not None:
-        site, block = named
-        return [] if block is None else [(aliases.get(site, site), block)]
-    site = name or "output"  # the root's
-    found = [(aliases.get(site, site), -1)]
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        site = ".".join(parts[:place] + parts[place + 1 :])
-        if part.isdecimal() and site in aliases:
-            found.append((aliases[site], int(part)))
-    return found
-
-
 # -- what to say --------------------------------------------------------------------------------
 
 
@@ -812,29 +754,3 @@ def _no_axis(dataset: xr.Dataset, axes: Iterable[str], dim: str | None) -> str:
         dims = ", ".join(map(repr, dataset.sizes))
         return f"this dataset has no token axis, a dimension with pass_index; it has {dims}"
     return f"dim must be one of the token axes, {names}; got {dim!r}"
-
-
-def _no_layer(dataset: xr.Dataset, name: str, known: list[str]) -> str:
-    """Say where a layer is instead, or which are near."""
-    if "*" in name:
-        return (
-            f"layer takes the name of one layer; got {name!r}: take a variable for all of a site"
-        )
-    for variable in map(str, dataset.data_vars):
-        modules = dataset.variables[variable].attrs.get("modules")
-        if isinstance(modules, Mapping) and name in modules.values():
-            stem = variable.removesuffix("_values")
-            return (
-                f"the outputs of {name!r} are no rows of a token axis: they are one after the "
-                f"other in {variable!r}, beginning at {stem}_offset, with {stem}_shape"
-            )
-    said = f"no layer {name!r}; {_instead(name, known)}; actstore.layers has all {len(known)}"
-    aliases = dataset.attrs.get("aliases")
-    return f"{said}, and attrs['aliases'] the sites that others hold" if aliases else said
-
-
-def _instead(name: str, known: list[str]) -> str:
-    """Say which names are near, or some that there are."""
-    near = get_close_matches(name, known, n=5)
-    said = ", ".join(map(repr, near or known[:5])) or "none"
-    return f"near are {said}" if near else f"there are {said}{', …' if len(known) > 5 else ''}"

@@ -25,9 +25,10 @@ from actstore.archive.coordinates import RUN, STRING, Coordinate, prefix_of
 from actstore.archive.grid import Segments
 from actstore.archive.jobs import Job, Read
 from actstore.archive.reading import ShardedRows
+from actstore.archive.root import arrays_of, read_root
 from actstore.archive.shuffling import is_shuffled
 from actstore.arguments import check_callable, check_memory, check_tokenizer
-from actstore.buckets import RemotePath
+from actstore.buckets import RemotePath, local
 from actstore.clusters import check_client
 from actstore.compaction import CompactionReport, Pathlike, Progress
 from actstore.compaction.cluster import chosen
@@ -91,13 +92,13 @@ def append(
     check_tokenizer(tokenizer)
     check_callable("progress", progress)
     check_client(client)
-    place = files.existing(archive, "append").absolute()
+    place = local(archive, "append").absolute()
     _Old.open(place)  # refuses what is none before anything is made beside it
     with only_writer(place):
         old = _Old.open(place)
         grown = place.with_name(f".{place.name}.grown")
         shutil.rmtree(grown, ignore_errors=True)  # of a call that was killed before its last step
-        recipe = _Growth(tuple(path.absolute() for path in paths_of(streams)), place)
+        recipe = _Growth(tuple(path.absolute() for path in paths_of(streams, "append")), place)
         with recipe.made(tokenizer) as (content, jobs):
             executor = chosen(client, recipe, content, jobs, threads, max_memory_gb)
             made = write_archive(
@@ -131,8 +132,8 @@ class _Old:
 
     @classmethod
     def open(cls, folder: Path) -> _Old:
-        root = store.read_root(folder)
-        return cls(folder, root["attributes"], store.arrays_of(root))
+        root = read_root(folder)
+        return cls(folder, root["attributes"], arrays_of(root))
 
     def values(self, name: str) -> NDArray[Any]:
         """Read a small array whole."""

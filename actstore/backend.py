@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import xarray as xr
@@ -19,13 +19,19 @@ class ActstoreBackendEntrypoint(BackendEntrypoint):
     """Opens ``.stream`` logs and actstore's archives in xarray."""
 
     description: ClassVar[str] = "Open activation logs (.stream) and archives of actstore"
-    open_dataset_parameters: ClassVar[tuple[str, ...]] = ("filename_or_obj", "drop_variables")
+    open_dataset_parameters: ClassVar[tuple[str, ...]] = (
+        *("filename_or_obj", "drop_variables", "storage_options"),
+    )
 
     def open_dataset(
-        self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None
+        self,
+        filename_or_obj: Any,
+        *,
+        drop_variables: str | Iterable[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> xr.Dataset:
         """Open a log or an archive; see `actstore.open_dataset`."""
-        dataset = open_lazily(filename_or_obj)
+        dataset = open_lazily(filename_or_obj, storage_options)
         if drop_variables is None:
             return dataset
         named = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables)

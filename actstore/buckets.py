@@ -20,9 +20,19 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final, NamedTuple, Protocol, TypeVar
 
+from actstore import files
 from actstore.errors import BucketError, ConfigError
 
-__all__ = ["Bucket", "Listed", "RemotePath", "is_remote", "remote"]
+__all__ = [
+    "Bucket",
+    "Listed",
+    "RemotePath",
+    "is_remote",
+    "local",
+    "local_target",
+    "place_of",
+    "remote",
+]
 
 T = TypeVar("T")
 
@@ -82,9 +92,12 @@ def remote(path: Any, options: Mapping[str, Any] | None = None) -> RemotePath | 
     Raises
     ------
     ConfigError
-        What reads such URLs is not installed or doesn't take them; or there are options, and no
-        URL.
+        What reads such URLs is not installed or doesn't take them; there are options, and no URL;
+        or these are no mapping.
     """
+    if options is not None and not isinstance(options, Mapping):
+        msg = f"storage_options must be a mapping, such as {{'region': '…'}}; got {options!r}"
+        raise ConfigError(msg)
     if isinstance(path, RemotePath):
         return path
     if not is_remote(path):
@@ -98,6 +111,47 @@ def remote(path: Any, options: Mapping[str, Any] | None = None) -> RemotePath | 
         _ = found.driver  # says at once what is wrong with the URL
         return RemotePath(found)
     return RemotePath(Bucket(str(path), options, path))
+
+
+def place_of(path: Any, asked: str, options: Mapping[str, Any] | None = None) -> Path | RemotePath:
+    """Give where a log or an archive is that is to be read: here, or in a bucket.
+
+    Raises as `remote` does; and `MissingFileError` where there is nothing on this machine.
+    """
+    far = remote(path, options)
+    return files.existing(path, asked) if far is None else far
+
+
+def local(path: Any, asked: str) -> Path:
+    """Give the path of a log or an archive that is on this machine.
+
+    Raises
+    ------
+    ConfigError
+        It is no path, or a URL.
+    MissingFileError
+        There is nothing.
+    """
+    _check_local(path, asked, "copy it to a disk of this machine first")
+    return files.existing(path, asked)
+
+
+def local_target(path: Any, asked: str) -> Path:
+    """Give the path of what is to be made on this machine.
+
+    Raises
+    ------
+    ConfigError
+        It is no path, or a URL.
+    """
+    _check_local(path, asked, "give a path of this machine, and copy what is made")
+    return files.path_of(path)
+
+
+def _check_local(path: object, asked: str, instead: str) -> None:
+    if is_remote(path):
+        msg = f"{asked} takes no URLs; got {_url_of(path) or path}: {instead}"
+        raise ConfigError(msg)
 
 
 def _url_of(path: object) -> str | None:

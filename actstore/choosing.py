@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +16,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from actstore import dtypes
+from actstore.accessor import check_dataset
 from actstore.archive import grid, shards
 from actstore.archive.precision import Errors, Precision, decoded
 from actstore.errors import ConfigError
@@ -59,7 +61,7 @@ def choose_precision(
     dataset: xr.Dataset,
     *,
     nmse: float,
-    variables: Iterable[str] | None = None,
+    variables: str | Iterable[str] | None = None,
     plain: bool = False,
     features: float = 10.0,
 ) -> PrecisionChoice:
@@ -72,7 +74,7 @@ def choose_precision(
     nmse : float
         The squared error over the values' squares that is allowed in every layer that is sampled;
         between 0 and 1.
-    variables : iterable of str, optional
+    variables : str or iterable of str, optional
         Which; all of floats with rows on a token axis, if it isn't given.
     plain : bool
         Only what is stored as plain floats, which every reader of Zarr decodes.
@@ -88,8 +90,9 @@ def choose_precision(
     Raises
     ------
     ConfigError
-        A bound is none, or there is no such variable, or it has no floats.
+        It is no dataset; a bound is none; or there is no such variable, or it has no floats.
     """
+    check_dataset(dataset)
     tried = _candidates(nmse, plain=plain)
     names = _names(dataset, variables)
     columns = ("ratio", "nmse", "feature_nmse", "largest_error")
@@ -117,13 +120,14 @@ def choose_precision(
 def _candidates(nmse: float, *, plain: bool) -> list[Precision | None]:
     floats = [Precision("relative", 2.0 ** -(kept + 1)) for kept in _BITS]
     casts = [Precision("float16"), Precision("bfloat16")]
-    codes = [Precision("int8"), Precision("nmse", float(nmse))]
+    codes = [Precision("int8"), Precision("nmse", float(nmse) if isinstance(nmse, Real) else nmse)]
     return [None, *casts, *floats, *(codes if not plain else [])]
 
 
-def _names(dataset: xr.Dataset, variables: Iterable[str] | None) -> list[str]:
+def _names(dataset: xr.Dataset, variables: str | Iterable[str] | None) -> list[str]:
     able = [str(name) for name, one in dataset.data_vars.items() if _is_able(one)]
-    names = able if variables is None else list(variables)
+    wanted = [variables] if isinstance(variables, str) else variables
+    names = able if wanted is None else list(wanted)
     for name in names:
         if name not in able:
             msg = f"{name!r} is no variable of floats with rows of tokens; there are {able}"
@@ -194,9 +198,9 @@ def _encoded_bytes(rows: NDArray[Any]) -> int:
 
 def _of_features(rows: NDArray[Any], values: NDArray[Any]) -> float:
     """Give the NMSE of the median feature by itself."""
-    wide = rows.reshape(len(rows), -1).astype(np.float64)
-    off = values.reshape(len(rows), -1) - wide
-    squares = np.nansum(np.square(wide, out=wide), 0)
     with np.errstate(invalid="ignore", divide="ignore"):
+        wide = rows.reshape(len(rows), -1).astype(np.float64)
+        off = values.reshape(len(rows), -1) - wide
+        squares = np.nansum(np.square(wide, out=wide), 0)
         own = np.nansum(np.square(off, out=off), 0) / squares
     return float(np.median(own[squares > 0])) if (squares > 0).any() else 0.0

@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from actstore import files, hdf5
+from actstore import hdf5
 from actstore.accessor import remember_lazy
 from actstore.archive import layout, store, zipped
 from actstore.archive.precision import CODING
 from actstore.archive.reading import Rows, ShardedRows, value_rows
+from actstore.archive.root import FORMAT, arrays_of, is_archive, read_root
 from actstore.archive.zipped import Place, ZipPath
-from actstore.buckets import RemotePath, remote
+from actstore.buckets import RemotePath, place_of, remote
 from actstore.compaction.logs import element_reader, plan_log, row_reader
 from actstore.errors import FormatError, MissingFileError, UnsupportedVersionError
 from actstore.stream.legacy import is_legacy
@@ -155,16 +156,16 @@ def is_dataset(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a log or an archive, by its content."""
     far = remote(path)
     if far is not None:
-        return store.is_archive(far) or is_segmented(far)
+        return is_archive(far) or is_segmented(far)
     place = Path(path)
     if place.is_dir():
-        return store.is_archive(place)
+        return is_archive(place)
     if not place.is_file():
         return False
     if hdf5.is_hdf5(place):
         return find_spec("h5py") is not None and _is_mirror(place)
     if zipped.is_zip(place):
-        return store.is_archive(ZipPath(place))
+        return is_archive(ZipPath(place))
     return is_log(place) or is_legacy(place)
 
 
@@ -178,10 +179,9 @@ def open_lazily(
     path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
 ) -> xr.Dataset:
     """Open a log or an archive without dask; raises as `open_dataset` does."""
-    far = remote(path, storage_options)
-    if far is not None:
-        return _over_bucket(far)
-    place = files.existing(path, "open_dataset")
+    place = place_of(path, "open_dataset", storage_options)
+    if isinstance(place, RemotePath):
+        return _over_bucket(place)
     if place.is_dir():
         return _over_archive(place)
     if hdf5.is_hdf5(place):
@@ -222,7 +222,7 @@ def _opened_log(place: Path | RemotePath) -> xr.Dataset:
 
 def _read_root(folder: Place) -> dict[str, Any]:
     try:
-        return store.read_root(folder)
+        return read_root(folder)
     except UnsupportedVersionError:
         raise
     except FormatError as error:
@@ -245,7 +245,7 @@ def _by_shards(dataset: xr.Dataset) -> xr.Dataset:
 
 def _over_archive(folder: Place) -> xr.Dataset:
     """Open an archive; its large arrays are read by us, which is faster, what we can't by zarr."""
-    arrays = store.arrays_of(_read_root(folder))
+    arrays = arrays_of(_read_root(folder))
     dataset = store.open_xarray(folder)
     return _with_rows(
         dataset, arrays, lambda name: ShardedRows.of(folder.absolute() / name, arrays[name])
@@ -276,7 +276,7 @@ def _over_hdf5(path: Path) -> xr.Dataset:
             said = dict(array.attributes)
             variables[name] = xr.Variable(array.dims, cached, said, encoding)
         raw = xr.Dataset(variables, attrs=dict(archive.root["attributes"]))
-        dataset = _with_rows(xr.decode_cf(raw), store.arrays_of(archive.root), archive.rows)
+        dataset = _with_rows(xr.decode_cf(raw), arrays_of(archive.root), archive.rows)
     except BaseException:
         archive.close()
         raise
@@ -318,7 +318,7 @@ def _over_log(reader: StreamReader) -> xr.Dataset:
         variables[ragged.values_name] = _lazy(ragged, _Elements(reader, ragged))
     labels = {one.name: (one.dims, one.values) for one in plan.coordinates}
     about = {
-        "format": store.FORMAT,
+        "format": FORMAT,
         "rows": dict(plan.rows),
         "aliases": dict(plan.aliases),
         "runs": [dict(reader.header)],

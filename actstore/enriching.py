@@ -5,7 +5,6 @@ How that is done, and what a kill leaves, is ``archive.adding``'s; what a label 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
@@ -14,16 +13,17 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from actstore import files
 from actstore.archive import store
 from actstore.archive.adding import ADDED, add_arrays, remove_arrays
 from actstore.archive.coordinates import Coordinate
+from actstore.archive.root import read_attributes
+from actstore.buckets import local
+from actstore.compaction import Pathlike
 from actstore.errors import ConfigError, FormatError
 from actstore.joining import as_label
 
 __all__ = ["add_coordinates", "remove_added"]
 
-Pathlike = str | os.PathLike[str]
 Array = NDArray[Any]
 _MOST: Final = 5
 
@@ -74,7 +74,7 @@ def add_coordinates(
         Another process is writing it, or it can't be written.
     """
     place = _archive(archive, "add_coordinates")
-    root = store.read_attributes(place)
+    root = read_attributes(place)
     with store.open_xarray(place) as held:
         if isinstance(labels, xr.Dataset):
             named: dict[str, Any] = _news(labels, held, root.get(ADDED, {}), replace=replace)
@@ -117,7 +117,7 @@ def remove_added(archive: Pathlike, names: str | Iterable[str]) -> None:
 
 
 def _archive(path: Pathlike, asked: str) -> Path:
-    place = files.existing(path, asked)
+    place = local(path, asked)
     if not place.is_dir():
         msg = f"{place} is no archive, which is a folder: compact it, and give the archive"
         raise FormatError(msg)

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from actstore import files, hdf5
-from actstore.archive import store, zipped
+from actstore.archive import zipped
 from actstore.archive.checks import ArchiveCheck
+from actstore.archive.root import read_root
 from actstore.archive.zipped import Place, ZipPath
 from actstore.arguments import check_callable, check_memory
+from actstore.buckets import local, local_target
 from actstore.compaction import Pathlike, Progress, compact
-from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
+from actstore.errors import ArchiveError, ConfigError, FormatError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.resume import is_log
 
@@ -126,9 +128,13 @@ def export(
     if kind == "HDF5":
         hdf5.check_installed()
     compression = _check_compression(compression, kind)
-    place = files.existing(source, "export")
+    place = local(source, "export")
     files.check_new(target)
-    with _archive(place, target, max_memory_gb) as archive, _partial(target) as partial:
+    with (
+        files.writing(target),
+        _archive(place, target, max_memory_gb) as archive,
+        _partial(target) as partial,
+    ):
         make = _hdf5 if kind == "HDF5" else _zip
         made = make(archive, partial, compression, max_memory_gb, progress or _quiet)
     size = target.stat().st_size
@@ -138,7 +144,7 @@ def export(
 
 def target_of(given: Pathlike) -> tuple[Path, str]:
     """Give a path and what is there by its name; raise a `ConfigError` where that is nothing."""
-    target = files.path_of(given)
+    target = local_target(given, "export")
     for suffix, kind in SUFFIXES.items():
         if target.name.lower().endswith(suffix):
             return target, kind
@@ -161,12 +167,12 @@ def _check_compression(given: str | None, kind: str) -> str:
 def _archive(place: Path, target: Path, gigabytes: float) -> Iterator[Place]:
     """Give the archive to export: of a log one that is made, and removed whatever happens."""
     if place.is_dir():
-        store.read_root(place)
+        read_root(place)
         yield place
         return
     if zipped.is_zip(place) and target_of(target)[1] == "HDF5":
         found = ZipPath(place)
-        store.read_root(found)
+        read_root(found)
         yield found
         return
     if not (is_log(place) or is_legacy(place)):
@@ -188,21 +194,15 @@ def _archive(place: Path, target: Path, gigabytes: float) -> Iterator[Place]:
 def _partial(target: Path) -> Iterator[Path]:
     """Give the file that is written; it becomes the target, or is removed where that fails."""
     partial = target.with_name(f".{target.name}.partial")
-    try:
-        with _held(partial, target):
-            try:
-                yield partial
-                files.fsync_file(partial)
-                files.check_new(target)
-                files.replace(partial, target)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        if isinstance(error, ActstoreError):
+    with _held(partial, target):
+        try:
+            yield partial
+            files.fsync_file(partial)
+            files.check_new(target)
+            files.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
             raise
-        msg = f"{target} could not be written: {error}; nothing was kept of it"
-        raise ArchiveError(msg) from error
 
 
 @contextmanager

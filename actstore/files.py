@@ -38,6 +38,7 @@ __all__ = [
     "take",
     "unreadable",
     "write_new",
+    "writing",
 ]
 
 
@@ -277,11 +278,11 @@ def appearing(
     """Give the path of a file or folder that gets its name when the context ends, whole.
 
     It lies in a hidden folder beside it until then, which is removed in any case. Files of a
-    folder are made durable. Raises as `check_new` does, at the beginning and at the end.
+    folder are made durable. Raises as `check_new` does, at the beginning and at the end, and as
+    `writing`.
     """
     check_new(target, taken)
-    place = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
-    try:
+    with writing(target), _beside(target) as place:
         made = place / target.name
         if folder:
             made.mkdir()
@@ -295,8 +296,31 @@ def appearing(
                 fsync_folder(path)
         check_new(target, taken)
         replace(made, target)
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Give a hidden folder beside a path, which is removed in the end."""
+    place = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    try:
+        yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Let what the system says while a file or folder is made be an `ArchiveError` that names it.
+
+    Nothing of it may be kept then.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ActstoreError):
+            raise
+        msg = f"{target} could not be made: {error}; nothing was kept of it"
+        raise ArchiveError(msg) from error
 
 
 def check_new(target: Path, taken: type[ActstoreError] = ArchiveError) -> None:

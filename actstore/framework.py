@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from actstore import files
 from actstore.arguments import check_positive, check_tokenizer
-from actstore.buckets import RemotePath, is_remote, remote
+from actstore.buckets import is_remote, place_of, remote
 from actstore.capture.memory import Memory
 from actstore.config import HookConfig, HookGranularity, InstrumentationConfig
 from actstore.errors import CaptureError, ConfigError
+from actstore.overview import analysis_of, archive_root
 from actstore.parallel import Parallel
 from actstore.stream import summary
 from actstore.stream.legacy import LegacyReader
@@ -338,7 +339,8 @@ class InstrumentationFramework:
         Parameters
         ----------
         data_path : str or path
-            A ``.stream`` log, also of ``llm-instrumentation``, or an archive.
+            A ``.stream`` log, also of ``llm-instrumentation``; or an archive: a folder, a
+            ``.zarr.zip`` or an ``.h5``. Or the URL of a log or an archive in a bucket.
 
         Returns
         -------
@@ -357,15 +359,11 @@ class InstrumentationFramework:
             It is neither a log nor an archive.
         StreamCorruptError
             It is a damaged log.
+        BucketError
+            The bucket doesn't answer.
         """
-        place = remote(data_path) or files.existing(data_path, "analyze_activations")
-        if place.is_dir() or (isinstance(place, RemotePath) and (place / "zarr.json").exists()):
-            from actstore.archive.store import read_attributes
-
-            return {"stream_path": str(place), **read_attributes(place)["analysis"]}
-        with open_stream(place) as reader:
-            reader.check()
-            return summary.summarise(reader)
+        options = self.storage_options if is_remote(data_path) else None
+        return analysis_of(data_path, "analyze_activations", options)
 
 
 def analyze_activations_with_tokens(
@@ -376,9 +374,9 @@ def analyze_activations_with_tokens(
     Parameters
     ----------
     stream_path : str or path
-        The log.
+        The log; as for ``analyze_activations``.
     framework : InstrumentationFramework
-        A framework.
+        A framework; its ``storage_options`` are used for a URL.
 
     Returns
     -------
@@ -396,9 +394,10 @@ def analyze_activations_with_tokens(
     """
     from actstore.stream import sidecars
 
-    place = files.path_of(stream_path)
+    options = framework.storage_options if is_remote(stream_path) else None
+    place = place_of(stream_path, "analyze_activations_with_tokens", options)
     found = framework.analyze_activations(place)
-    if place.is_dir():
+    if archive_root(place) is not None:
         return found
     with open_stream(place) as reader:
         metadata = sidecars.token_metadata(reader)

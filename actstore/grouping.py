@@ -20,7 +20,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from actstore import machine
-from actstore.accessor import TokenAxis, lazy_beneath, token_axes
+from actstore.accessor import TokenAxis, check_dataset, lazy_beneath, token_axes
 from actstore.archive.coordinates import texts_of
 from actstore.archive.precision import EXACT
 from actstore.arguments import check_count, check_memory
@@ -88,8 +88,8 @@ def group_statistics(  # noqa: PLR0913 - each is its own choice, by name
     Raises
     ------
     ConfigError
-        There is no such variable, label or layer; or the groups don't fit in the memory: give
-        more, fewer layers, ``top`` or ``min_count``.
+        ``ds`` is no dataset; there is no such variable, label or layer; or the groups don't fit
+        in the memory: give more, fewer layers, ``top`` or ``min_count``.
 
     Notes
     -----
@@ -100,7 +100,7 @@ def group_statistics(  # noqa: PLR0913 - each is its own choice, by name
     threads = 1 if workers is None else workers
     _check_numbers(top=top, min_count=min_count, workers=threads, max_memory_gb=max_memory_gb)
     rows = _Rows.of(ds, variable, dim, layer)
-    groups = _Groups.of(rows.axis, [by] if isinstance(by, str) else list(by), padding=padding)
+    groups = _Groups.of(rows.axis, by, padding=padding)
     groups = groups.most(top, min_count)
     block = _block_rows(rows, groups.count, threads, max_memory_gb)
     if workers is None:
@@ -141,9 +141,9 @@ class _Rows:
         dim: str | None,
         layer: int | Sequence[int] | None,
     ) -> _Rows:
-        if not isinstance(ds, xr.Dataset) or name not in ds.data_vars:
-            known = [*map(str, ds.data_vars)] if isinstance(ds, xr.Dataset) else []
-            msg = f"there is no variable {name!r}; there are {known}"
+        check_dataset(ds)
+        if not isinstance(name, str) or name not in ds.data_vars:
+            msg = f"there is no variable {name!r}; there are {[*map(str, ds.data_vars)]}"
             raise ConfigError(msg)
         array, axes = ds[name], token_axes(ds)
         if "code_offset" in array.attrs or f"{name}{EXACT}" in ds.variables:
@@ -229,8 +229,9 @@ class _Groups:
     labels: pd.DataFrame
 
     @classmethod
-    def of(cls, axis: TokenAxis, by: Sequence[str], *, padding: bool) -> _Groups:
-        odd = [one for one in by if one not in axis]
+    def of(cls, axis: TokenAxis, by: str | Sequence[str], *, padding: bool) -> _Groups:
+        by = [by] if isinstance(by, str) or not isinstance(by, Sequence) else by
+        odd = [one for one in by if not isinstance(one, str) or one not in axis]
         if odd or not by:
             named = ", ".join(map(repr, axis.names))
             msg = f"by must be labels of {axis.dim!r}, {named}; got {odd or by!r}"

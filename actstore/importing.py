@@ -24,8 +24,10 @@ from actstore.archive import shards, store, zipped
 from actstore.archive.checks import ArchiveCheck
 from actstore.archive.jobs import Written
 from actstore.archive.journal import Journal
+from actstore.archive.root import metadata_crc, read_root
 from actstore.archive.zipped import ZipPath
 from actstore.arguments import check_callable, check_memory
+from actstore.buckets import local, local_target
 from actstore.compaction import Pathlike, Progress
 from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
 
@@ -105,7 +107,7 @@ def import_archive(
     began = time.monotonic()
     check_memory(max_memory_gb)
     check_callable("progress", progress)
-    place, folder = files.existing(source, "import_archive"), files.path_of(target)
+    place, folder = local(source, "import_archive"), local_target(target, "import_archive")
     files.check_new(folder)
     kind = _import_zip if place.is_file() and zipped.is_zip(place) else _import_hdf5
     if place.is_dir() or (kind is _import_hdf5 and not hdf5.is_hdf5(place)):
@@ -150,7 +152,7 @@ def _import_zip(
 ) -> tuple[int, int, int, int]:
     archive = ZipPath(place.absolute())
     members = archive.members
-    root = store.read_root(archive)
+    root = read_root(archive)
     try:
         odd = next(zipped.unexpected(root, members), None)
     except (AttributeError, KeyError, TypeError) as error:
@@ -220,7 +222,7 @@ def _import_hdf5(
         Hdf5Archive(place) as archive,
         Journal(folder, _making("HDF5", place, archive.data), "") as journal,
     ):
-        if len(set(store.metadata_crc(archive.data))) > 1:
+        if len(set(metadata_crc(archive.data))) > 1:
             msg = f"{place}: its metadata don't match their checksum; see actstore.verify"
             raise ArchiveError(msg)
         resumed = len(journal.done)

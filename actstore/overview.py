@@ -16,12 +16,21 @@ from typing import Any, Final, TypeVar
 from actstore import files, hdf5
 from actstore.archive.root import read_attributes
 from actstore.archive.zipped import ZipPath, is_zip
-from actstore.buckets import RemotePath, remote
+from actstore.buckets import RemotePath, place_of
 from actstore.errors import ConfigError, FormatError
 from actstore.stream import summary
 from actstore.stream.reader import StreamReader, open_stream
 
-__all__ = ["ORDERS", "LayerLine", "Overview", "SiteLine", "layer_lines", "site_lines"]
+__all__ = [
+    "ORDERS",
+    "LayerLine",
+    "Overview",
+    "SiteLine",
+    "analysis_of",
+    "archive_root",
+    "layer_lines",
+    "site_lines",
+]
 
 Line = TypeVar("Line", bound="LayerLine")
 
@@ -90,8 +99,20 @@ class Overview:
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> Overview:
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Overview:
         """Read what a file says of itself.
+
+        Parameters
+        ----------
+        path : path
+            A log or an archive, of any container; or the URL of one in a bucket.
+        storage_options : mapping, optional
+            Of a bucket, as for `actstore.open_dataset`.
 
         Raises
         ------
@@ -100,36 +121,13 @@ class Overview:
         FormatError
             It is neither a log nor an archive.
         """
-        far = remote(path)
-        if far is not None:
-            return cls._of_bucket(far)
-        place = files.existing(path, "info")
-        if place.is_dir():
-            sizes = (one.stat().st_size for one in place.rglob("*") if one.is_file())
-            return cls._of_archive(place, "archive", read_attributes(place), sum(sizes))
-        size = place.stat().st_size
-        if is_zip(place):
-            return cls._of_archive(place, "zip", read_attributes(ZipPath(place)), size)
-        if hdf5.is_hdf5(place):
-            hdf5.check_installed()
-            from actstore.hdf5.reading import Hdf5Archive
-
-            with Hdf5Archive(place) as archive:
-                return cls._of_archive(place, "HDF5", archive.root["attributes"], size)
+        place = place_of(path, "info", storage_options)
+        found = archive_root(place)
+        if found is not None:
+            kind, said = found
+            return cls._of_archive(place, kind, said, _size(place))
         with open_stream(place, errors="skip") as reader:
             return cls._of_log(place, reader)
-
-    @classmethod
-    def _of_bucket(cls, far: RemotePath) -> Overview:
-        try:
-            said = read_attributes(far)
-        except FormatError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            with open_stream(far, errors="skip") as reader:
-                return cls._of_log(far, reader)
-        size = sum(one.size for one in far.listed())
-        return cls._of_archive(far, "archive", said, size)
 
     @classmethod
     def _of_archive(
@@ -170,6 +168,59 @@ class Overview:
             provenance={},
             **_counts(found),
         )
+
+
+def analysis_of(
+    path: str | os.PathLike[str],
+    asked: str,
+    storage_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Count what a log or an archive holds, as ``analyze_activations`` gives it.
+
+    Raises
+    ------
+    ConfigError
+        It is no path; ``asked`` is who wants one.
+    MissingFileError, FormatError, StreamCorruptError
+        There is nothing; it is neither; it is a damaged log.
+    """
+    place = place_of(path, asked, storage_options)
+    found = archive_root(place)
+    if found is not None:
+        return {"stream_path": str(place), **found[1]["analysis"]}
+    with open_stream(place) as reader:
+        reader.check()
+        return summary.summarise(reader)
+
+
+def archive_root(place: Path | RemotePath) -> tuple[str, Mapping[str, Any]] | None:
+    """Give the container that an archive is, and the attributes of its root; None of a log."""
+    if isinstance(place, RemotePath):
+        try:
+            return "archive", read_attributes(place)
+        except FormatError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            return None
+    if place.is_dir():
+        return "archive", read_attributes(place)
+    if is_zip(place):
+        return "zip", read_attributes(ZipPath(place))
+    if hdf5.is_hdf5(place):
+        hdf5.check_installed()
+        from actstore.hdf5.reading import Hdf5Archive
+
+        with Hdf5Archive(place) as archive:
+            return "HDF5", archive.root["attributes"]
+    return None
+
+
+def _size(place: Path | RemotePath) -> int:
+    """Give the bytes of all files of an archive."""
+    if isinstance(place, RemotePath):
+        return sum(one.size for one in place.listed())
+    below = place.rglob("*") if place.is_dir() else [place]
+    return sum(one.stat().st_size for one in below if one.is_file())
 
 
 def _counts(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from actstore import files
+from actstore.buckets import place_of
 from actstore.dtypes import from_code
 from actstore.stream import summary
 from actstore.stream.reader import StreamReader, open_stream
@@ -30,17 +30,20 @@ def packet_table(
     values: bool = True,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Give the packets of a log as a table, in the order of capture.
 
     Parameters
     ----------
     path : path
-        A ``.stream`` log, also of ``llm-instrumentation``.
+        A ``.stream`` log, also of ``llm-instrumentation``; or the URL of one in a bucket.
     values : bool
         Read them, and say what they are like.
     shapes, dtypes : mapping, optional
         Of a log of ``llm-instrumentation``, which holds none: as for `open_stream`.
+    storage_options : mapping, optional
+        Of a bucket, as for `open_stream`.
 
     Returns
     -------
@@ -54,10 +57,11 @@ def packet_table(
 
     Raises
     ------
-    ConfigError, MissingFileError, FormatError, StreamCorruptError
+    ConfigError, MissingFileError, FormatError, StreamCorruptError, BucketError
         As for `open_stream`.
     """
-    with open_stream(files.path_of(path), shapes=shapes, dtypes=dtypes) as reader:
+    place = place_of(path, "packet_table", storage_options)
+    with open_stream(place, shapes=shapes, dtypes=dtypes) as reader:
         reader.check()
         table = _places(reader)
         if values:

@@ -18,14 +18,16 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from actstore import codecs, dtypes, files, hdf5, machine, markup
-from actstore.archive import store, zipped
+from actstore import codecs, dtypes, hdf5, machine, markup
+from actstore.archive import zipped
 from actstore.archive.checks import ArchiveCheck
+from actstore.archive.root import check_identity, read_root
 from actstore.archive.zipped import Place, ZipPath
 from actstore.arguments import check_callable
-from actstore.buckets import RemotePath, remote
+from actstore.buckets import RemotePath, is_remote, place_of
 from actstore.compaction import Pathlike, Progress
 from actstore.compaction.comparing import differences
+from actstore.compaction.logs import paths_of
 from actstore.errors import ActstoreWarning, ConfigError, FormatError, StreamCorruptError
 from actstore.stream import records
 from actstore.stream.legacy import LegacyReader, is_legacy
@@ -33,7 +35,7 @@ from actstore.stream.reader import StreamReader
 from actstore.stream.records import MAGIC, Block, Commit, Entry, Opcode
 from actstore.stream.resume import is_log
 from actstore.stream.scan import LogFile, Scan, walk
-from actstore.stream.segments import is_segmented, log_file
+from actstore.stream.segments import log_file
 
 __all__ = ["Damaged", "Report", "verify"]
 
@@ -151,7 +153,8 @@ def verify(  # noqa: PLR0911 - one for each container
         Called with the bytes that are done and those that there are; where an archive is compared
         with logs, again from 0 with those of the values.
     storage_options : mapping, optional
-        Of a bucket, as for `open_dataset`.
+        Of a bucket that the log or archive is in, or that those of ``against`` are in, as for
+        `open_dataset`.
 
     Returns
     -------
@@ -167,21 +170,24 @@ def verify(  # noqa: PLR0911 - one for each container
     UnsupportedVersionError
         It is one of a version that this actstore doesn't know.
     ConfigError
-        ``against`` is given for a log; or it is a log of ``llm-instrumentation`` of LZ4 frames,
-        and what decodes them is missing.
+        ``against`` is given for a log, or has no path; or it is a log of ``llm-instrumentation``
+        of LZ4 frames, and what decodes them is missing.
+    BucketError
+        The bucket doesn't answer.
     """
     check_callable("progress", progress)
-    far = remote(path, storage_options)
-    if far is not None and against is None and _is_log(far):
-        return _verify_log(far, progress, decode=decode)
-    if far is not None:
-        return _verify_archive(far, against, progress)
-    place = files.existing(path, "verify")
+    mine = storage_options if against is None or is_remote(path) else None  # else of its logs
+    place = place_of(path, "verify", mine)
+    logs = None if against is None else paths_of(against, "verify", storage_options)
+    if isinstance(place, RemotePath):
+        if logs is None and not (place / "zarr.json").exists():
+            return _verify_log(place, progress, decode=decode)
+        return _verify_archive(place, logs, progress)
     if place.is_dir():
-        return _verify_archive(place, against, progress)
+        return _verify_archive(place, logs, progress)
     if zipped.is_zip(place):
-        return _verify_zip(ZipPath(place), against, progress)
-    if against is not None:
+        return _verify_zip(ZipPath(place), logs, progress)
+    if logs is not None:
         msg = f"{place} is no archive: against= compares an archive with the logs it was made of"
         raise ConfigError(msg)
     if is_log(place):
@@ -194,21 +200,17 @@ def verify(  # noqa: PLR0911 - one for each container
     raise FormatError(msg)
 
 
-def _is_log(far: RemotePath) -> bool:
-    return not (far / "zarr.json").exists() and is_segmented(far)
-
-
 def _verify_archive(
-    folder: Place, against: Pathlike | Sequence[Pathlike] | None, progress: Progress | None
+    folder: Place, logs: Sequence[Path | RemotePath] | None, progress: Progress | None
 ) -> Report:
-    store.check_identity(folder)
+    check_identity(folder)
     check = ArchiveCheck(folder)
     if progress is not None:
         size = _size(folder)
         check.progress = lambda done: progress(min(done, size), size)
     found = [Damaged(one.where, -1, one.reason) for one in check.findings()]
-    if against is not None:
-        compared = differences(folder, against, progress=progress)  # type: ignore[arg-type] # of what a store reads
+    if logs is not None:
+        compared = differences(folder, logs, progress=progress)
         found += [Damaged(where, -1, reason) for where, reason in compared]
     path = folder.file if isinstance(folder, ZipPath) else folder
     return Report(path, "archive", tuple(found), dict(check.checked), check.nbytes, complete=True)
@@ -223,7 +225,7 @@ def _size(folder: Place) -> int:
 
 
 def _verify_zip(
-    archive: ZipPath, against: Pathlike | Sequence[Pathlike] | None, progress: Progress | None
+    archive: ZipPath, logs: Sequence[Path | RemotePath] | None, progress: Progress | None
 ) -> Report:
     found, whole = [], True
     for name in archive.members:
@@ -237,9 +239,9 @@ def _verify_zip(
     if not whole:
         size = archive.file.stat().st_size
         return Report(archive.file, "zip", tuple(found), checked, size, complete=True)
-    report = _verify_archive(archive, against, progress)
+    report = _verify_archive(archive, logs, progress)
     if report.ok:  # else the metadata may describe nothing
-        odd = zipped.unexpected(store.read_root(archive), archive.members)
+        odd = zipped.unexpected(read_root(archive), archive.members)
         found += [Damaged(name, -1, "the archive has no such file") for name in odd]
     damage = (*found, *report.damage)
     return replace(report, kind="zip", damage=damage, checked={**report.checked, **checked})

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import actstore
+from actstore import analysis, plots
 from actstore.archive import grid
 from actstore.archive.reading import ShardedRows
 from actstore.errors import ConfigError
@@ -764,3 +765,25 @@ def test_the_accessor_comes_with_what_opens_datasets(places: dict[str, Path], op
         check=False,
     )
     assert done.stdout == "11 False\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("a.zarr", "'a.zarr'"), (None, "NoneType"), (xr.DataArray([1.0]), "DataArray"), ({}, "dict")],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda given: actstore.choose_precision(given, nmse=1e-3),
+        lambda given: actstore.group_statistics(given, "mlp", by="token_text"),
+        lambda given: actstore.explore(given),
+        lambda given: analysis.statistics(given),
+        lambda given: plots.norm_map(given),
+        lambda given: plots.attention(given),
+    ],
+)
+def test_what_is_no_dataset_is_refused_wherever_one_is_wanted(
+    call: Any, given: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"wanted an xarray.Dataset, .*; got {said}"):
+        call(given)

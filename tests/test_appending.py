@@ -13,7 +13,8 @@ import xarray as xr
 import actstore
 from actstore import files
 from actstore.appending import append
-from actstore.archive import grid, shards, store
+from actstore.archive import grid, shards
+from actstore.archive.root import read_attributes
 from actstore.compaction import compact
 from actstore.errors import ArchiveError, ConfigError, MissingFileError
 
@@ -34,7 +35,7 @@ def same(one: Path, other: Path) -> None:
                     assert left.tolist() == right.tolist(), name
                 else:
                     assert left.tobytes() == right.tobytes(), name
-    said, wanted = store.read_attributes(one), store.read_attributes(other)
+    said, wanted = read_attributes(one), read_attributes(other)
     for about in (said, wanted):
         del about["metadata_crc32c"], about["provenance"]["created"]
         about["coordinates"] = sorted(about["coordinates"].split())
@@ -185,3 +186,14 @@ def test_folders_change_names(tmp_path: Path) -> None:
     np.testing.assert_equal(len(list(tmp_path.iterdir())), 2)
     with pytest.raises(FileNotFoundError):
         files.exchange(tmp_path / "gone", tmp_path / "two")
+
+
+@pytest.mark.parametrize("given", [None, b"run.stream", (), 3])
+def test_what_are_no_logs_is_refused_by_who_wanted_them(given: Any, tmp_path: Path) -> None:
+    archive = actstore.compact(decoder_log(tmp_path / "run.stream").path, tmp_path / "a.zarr").path
+    with pytest.raises(ConfigError, match="append takes the path of a log, or a sequence"):
+        actstore.append(given, archive)
+    with pytest.raises(ConfigError, match="compact takes the path of a log, or a sequence"):
+        actstore.compact(given, tmp_path / "b.zarr")
+    with pytest.raises(ConfigError, match="verify takes the path of a log, or a sequence"):
+        actstore.verify(archive, against=given or ())

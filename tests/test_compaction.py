@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 import actstore
 from actstore import codecs, dtypes, files
-from actstore.archive import grid, shards, store
+from actstore.archive import grid, shards
+from actstore.archive.root import read_attributes
 from actstore.compaction import compact, executing
 from actstore.errors import (
     ActstoreError,
@@ -260,7 +261,7 @@ def test_the_root_attributes_are_what_the_schema_says(tmp_path: Path) -> None:
 def test_analysis_of_an_archive_counts_packets_and_its_own_bytes(tmp_path: Path) -> None:
     log = decoder_log(tmp_path / "run.stream")
     report = compact(log.path, tmp_path / "run.zarr")
-    said = store.read_attributes(tmp_path / "run.zarr")["analysis"]
+    said = read_attributes(tmp_path / "run.zarr")["analysis"]
     layers = said["per_layer"]
     assert {name: layer["count"] for name, layer in layers.items()} == dict.fromkeys(
         {one.layer for one in log.fired}, 5
@@ -285,7 +286,7 @@ def test_bytes_of_a_ragged_file_are_divided_among_its_layers(tmp_path: Path) -> 
     log.put("h.0.a", random_values((30,)))
     log.put("h.1.a", random_values((90,)))
     report = compact(log.close(), tmp_path / "run.zarr", profile="none")
-    layers = store.read_attributes(tmp_path / "run.zarr")["analysis"]["per_layer"]
+    layers = read_attributes(tmp_path / "run.zarr")["analysis"]["per_layer"]
     first, second = layers["h.0.a"]["bytes"], layers["h.1.a"]["bytes"]
     assert first + second == report.stored_bytes
     assert abs(second - 3 * first) <= 4
@@ -577,7 +578,7 @@ def test_several_logs_are_one_archive_in_the_order_given(tmp_path: Path) -> None
         assert np.all(np.diff(found.run.values) >= 0)
         assert [one["run_id"] for one in found.attrs["runs"]] == ["0", "1", "2"]
     assert report.rows == {"token": sum(10 + 2 * (3 + one) for one in range(3))}
-    said = store.read_attributes(tmp_path / "all.zarr")
+    said = read_attributes(tmp_path / "all.zarr")
     jsonschema.validate(said, json.loads(SCHEMA.read_bytes()))
     assert said["analysis"]["packets"] == sum(len(one.fired) for one in logs)
     assert actstore.verify(tmp_path / "all.zarr").ok
@@ -663,7 +664,7 @@ def test_the_tables_of_tokens_and_passes_hold_what_was_recorded(tmp_path: Path) 
             **{"step": [0], "token_id": [5], "token_text": ["a\0é"], "pass_index": [0]},
             **{"time": [0.0], "position": [pytest.approx(float("nan"), nan_ok=True)]},
         }
-        assert tuple(tokens.sizes) == ("token",)
+        assert tuple(tokens.sizes) == ("recorded",)
     with xr.open_zarr(tmp_path / "run.zarr", group="passes") as passes:
         assert {name: one.values.tolist() for name, one in passes.items()} == {
             **{"index": [0, 1], "entry": ["", ""], "aborted": [False, True]},

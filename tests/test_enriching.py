@@ -14,9 +14,9 @@ import pytest
 import xarray as xr
 
 import actstore
-from actstore.archive import store
 from actstore.archive.adding import add_arrays
 from actstore.archive.coordinates import Coordinate
+from actstore.archive.root import read_attributes
 from actstore.errors import ArchiveError, ConfigError, FormatError, MissingFileError
 
 sys.path.insert(0, str(Path(__file__).parent / "archive"))
@@ -36,7 +36,7 @@ def archive(made: Path, tmp_path: Path) -> Path:
 
 
 def rows(archive: Path) -> int:
-    return int(store.read_attributes(archive)["rows"]["token"])
+    return int(read_attributes(archive)["rows"]["token"])
 
 
 def test_what_was_joined_is_written_and_everyone_finds_it(archive: Path) -> None:

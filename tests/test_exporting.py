@@ -19,11 +19,20 @@ import h5py
 import numpy as np
 import pytest
 import xarray as xr
+from zarr.storage import ZipStore
 
 import actstore
-from actstore import dtypes, exporting
+from actstore import (
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationFramework,
+    dtypes,
+    exporting,
+    plots,
+)
 from actstore.archive import grid, store
 from actstore.archive.coordinates import STRING, Coordinate
+from actstore.archive.root import read_attributes
 from actstore.errors import ArchiveError, ConfigError, FormatError, MissingFileError
 from actstore.hdf5 import chunks, writing
 
@@ -277,7 +286,7 @@ def test_attributes_of_codes_groups_in_groups_and_any_small_array_are_mirrored(
     folder = plain.with_name("more.zarr")
     shutil.copytree(plain, folder)
     (folder / "zarr.json").unlink()
-    rows = store.read_attributes(plain)["rows"]
+    rows = read_attributes(plain)["rows"]
     said = {"scale_factor": 0.25, "add_offset": -1.0, "_FillValue": 255}
     for name, attributes in (("codes", said), ("statistics/mlp/mean", {"unit": ["a"]})):
         dims = ("layer", "token") if name == "codes" else ("layer", "bin")
@@ -293,7 +302,7 @@ def test_attributes_of_codes_groups_in_groups_and_any_small_array_are_mirrored(
         store.write_metadata(folder, name, {"zarr_format": 3, "node_type": "group"})
     for group in ("text", "tokens", "passes"):
         (folder / group / "zarr.json").unlink()
-    attributes = dict(store.read_attributes(plain))
+    attributes = dict(read_attributes(plain))
     attributes.pop("metadata_crc32c")
     store.ArchiveWriter(folder).finish(attributes)
     target = actstore.export(folder, tmp_path / "more.h5").path
@@ -415,6 +424,12 @@ def test_a_damaged_archive_is_not_exported(plain: Path, suffix: str, gone: bool)
 CHILD = """
 import sys
 import actstore
+from actstore import (
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationFramework,
+    plots,
+)
 print("begin", flush=True)
 actstore.export(sys.argv[1], sys.argv[2])
 """
@@ -580,3 +595,58 @@ def test_without_h5py_the_error_says_what_to_install(plain: Path, work: str) -> 
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))},
     )  # fmt: skip
     assert done.stdout == "ConfigError\n"
+
+
+@pytest.mark.parametrize("end", ["h5", "zarr.zip"])
+def test_a_file_of_an_archive_is_analysed_as_the_archive(
+    plain: Path, tmp_path: Path, end: str
+) -> None:
+    config = InstrumentationConfig(HookGranularity.FULL_TENSOR)
+    framework = InstrumentationFramework(config)
+    wanted = framework.analyze_activations(plain)
+    file = actstore.export(plain, tmp_path / f"run.{end}").path
+    for found in (
+        framework.analyze_activations(file),
+        actstore.analyze_activations_with_tokens(file, framework),
+    ):
+        assert found == wanted | {"stream_path": str(file)}
+    assert plots.run_rates(file).axes
+
+
+def test_every_container_opens_as_a_tree_without_actstore(plain: Path, tmp_path: Path) -> None:
+    with xr.open_zarr(plain, group="tokens", chunks=None) as tokens:
+        assert dict(tokens.sizes) == {"recorded": len(tokens.step)} != {"recorded": 0}
+    actstore.export(plain, tmp_path / "run.h5")
+    actstore.export(plain, tmp_path / "run.zarr.zip")
+    for source, engine in (
+        (plain, "zarr"),
+        (ZipStore(tmp_path / "run.zarr.zip", mode="r"), "zarr"),
+        (tmp_path / "run.h5", "h5netcdf"),
+    ):
+        with xr.open_datatree(source, engine=engine) as tree, xr.open_zarr(plain) as root:
+            assert tree.to_dataset(inherit=False).equals(root)
+            assert {"/tokens", "/passes", "/text"} <= set(tree.groups)
+            assert tree["tokens"].to_dataset(inherit=False).equals(tokens)
+
+
+def test_an_archive_whose_table_of_tokens_has_the_rows_dimension_is_read(
+    plain: Path, tmp_path: Path
+) -> None:
+    """It was so before: no reader goes by the name."""
+    old = tmp_path / "old.zarr"
+    shutil.copytree(plain, old)
+    for path in (old / "tokens").glob("*/zarr.json"):
+        path.write_bytes(path.read_bytes().replace(b'"recorded"', b'"token"'))
+    writer = store.ArchiveWriter(old)
+    writer.write_root(read_attributes(old), writer.nodes("."))
+    assert actstore.verify(old, against=tmp_path / "run.stream").ok
+    file = actstore.export(old, tmp_path / "old.h5").path
+    assert actstore.verify(file).ok
+    assert files_of(actstore.import_archive(file, tmp_path / "again.zarr").path) == files_of(old)
+    with actstore.open_dataset(old) as found, actstore.open_dataset(plain) as wanted:
+        assert found.equals(wanted)
+    later = decoder_log(tmp_path / "later.stream", run="later").path
+    actstore.append(later, old)
+    with xr.open_zarr(old, group="tokens") as tokens:
+        assert "recorded" in tokens.sizes
+    assert actstore.verify(old, against=[tmp_path / "run.stream", later]).ok

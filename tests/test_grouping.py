@@ -256,10 +256,14 @@ def test_any_values_in_any_groups(data: st.DataObject) -> None:
     ("arguments", "said"),
     [
         (("nothing",), "no variable 'nothing'"),
+        ((None,), "no variable None"),
+        ((["resid"],), r"no variable \['resid'\]"),
         (("turned",), "real numbers along one token axis are wanted"),
         (("loose",), "real numbers along one token axis are wanted"),
         (("resid", "colour"), r"by must be labels.*\['colour'\]"),
         (("resid", []), "by must be labels"),
+        (("resid", None), r"by must be labels.*\[None\]"),
+        (("resid", ["topic", 3]), r"by must be labels.*\[3\]"),
         (("resid", ["topic", "topic"]), "twice"),
     ],
 )

@@ -388,8 +388,11 @@ def test_a_choice_of_what_is_not_there_is_refused(tmp_path: Path) -> None:
         for name in ("count", "loose_values", "nothing"):
             with pytest.raises(ConfigError, match="no variable of floats with rows of tokens"):
                 choose_precision(source, nmse=1e-3, variables=[name])
-        with pytest.raises(ConfigError, match="takes a bound over 0 and under 1"):
-            choose_precision(source, nmse=2.0)
+        for nmse in (2.0, "1e-3", None, True):
+            with pytest.raises(ConfigError, match="takes a bound over 0 and under 1"):
+                choose_precision(source, nmse=nmse)
+        with pytest.raises(ConfigError, match="'nothing' is no variable"):
+            choose_precision(source, nmse=1e-3, variables="nothing")
 
 
 # -- other containers ---------------------------------------------------------------------------

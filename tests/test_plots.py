@@ -601,7 +601,7 @@ def test_options_that_make_no_sense_are_refused() -> None:
         (lambda: plots.feature_on_text(dataset, "resid", 3), "say which with layer="),
         (lambda: plots.trajectory(dataset, layer=9), "layers"),
         (lambda: plots.norm_map("run.stream"), "xarray.Dataset"),
-        (lambda: plots.run_rates(3), "wanted a path"),
+        (lambda: plots.run_rates(3), "wants the path"),
     ):
         with pytest.raises(ConfigError, match=said):
             draw()

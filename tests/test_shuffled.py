@@ -18,6 +18,7 @@ from jsonschema import Draft202012Validator
 import actstore
 from actstore import analysis
 from actstore.archive import grid, shuffling, store
+from actstore.archive.root import is_archive, read_attributes
 from actstore.compaction import shuffling as scattering
 from actstore.errors import ArchiveError, ConfigError
 from actstore.stream.reader import StreamReader
@@ -310,7 +311,7 @@ def test_it_is_shared_with_its_order(tmp_path: Path) -> None:
     log = decoder_log(tmp_path / "run.stream", steps=9).path
     actstore.compact(log, tmp_path / "a.zarr", layout="shuffled")
     actstore.share(tmp_path / "a.zarr", tmp_path / "shared")
-    shared = next(one for one in (tmp_path / "shared").iterdir() if store.is_archive(one))
+    shared = next(one for one in (tmp_path / "shared").iterdir() if is_archive(one))
     same(
         actstore.open_dataset(shared, chunks=None),
         actstore.open_dataset(tmp_path / "a.zarr", chunks=None),
@@ -320,7 +321,7 @@ def test_it_is_shared_with_its_order(tmp_path: Path) -> None:
 def test_what_the_root_says_is_in_the_schema(tmp_path: Path) -> None:
     log = decoder_log(tmp_path / "run.stream").path
     actstore.compact(log, tmp_path / "a.zarr", layout="shuffled", seed=9)
-    said = store.read_attributes(tmp_path / "a.zarr")
+    said = read_attributes(tmp_path / "a.zarr")
     schema = json.loads(
         (Path(__file__).parents[1] / "schemas" / "archive.schema.json").read_bytes()
     )

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from actstore import files
 from actstore.archive import store
 from actstore.archive.adding import add_arrays
 from actstore.archive.coordinates import Coordinate, texts_of
 from actstore.archive.names import STATISTICS
+from actstore.archive.root import read_attributes, read_root
+from actstore.buckets import local, place_of
 from actstore.errors import ConfigError
 
 __all__ = ["save", "saved"]
@@ -37,6 +37,8 @@ def save(
 
     They are in its group ``statistics/<name>``: ``xarray.open_zarr(archive,
     group="statistics/<name>")`` opens them without actstore, and `actstore.verify` checks them.
+    `xarray.open_datatree` opens it with the archive, unless they are of some layers or rows only:
+    a dimension then has another length there than in the archive.
     No value of the archive is read or written; a kill leaves all of them or none. `append`
     refuses an archive that has some, since they are not of the new rows:
     ``actstore.remove_added(archive, "statistics/<name>")`` takes them out.
@@ -70,7 +72,8 @@ def save(
     if not isinstance(name, str) or not name or "/" in name:
         msg = f"name must be letters, digits, '_', '.' and '-', such as 'summary'; got {name!r}"
         raise ConfigError(msg)
-    place = _archive(archive, "save")
+    place = local(archive, "save")
+    read_attributes(place)  # raises where it is none
     labels = [str(one) for one in results.coords if one not in results.dims]
     attributes = {
         "coordinates": " ".join(labels),
@@ -86,15 +89,22 @@ def save(
     add_arrays(place, arrays, group=group, attributes=attributes, replace=replace)
 
 
-def saved(archive: str | os.PathLike[str], name: str | None = None) -> xr.Dataset:
+def saved(
+    archive: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> xr.Dataset:
     """Give results that `save` kept, as they were.
 
     Parameters
     ----------
     archive : path
-        The archive.
+        The archive, or the URL of one in a bucket.
     name : str, optional
         What they are called. It can be left out where there is one.
+    storage_options : mapping, optional
+        Of a bucket, as for `actstore.open_dataset`.
 
     Returns
     -------
@@ -108,8 +118,8 @@ def saved(archive: str | os.PathLike[str], name: str | None = None) -> xr.Datase
     MissingFileError, FormatError
         There is no archive.
     """
-    place = _archive(archive, "saved")
-    below = store.read_root(place)["consolidated_metadata"]["metadata"]
+    place = place_of(archive, "saved", storage_options)
+    below = read_root(place)["consolidated_metadata"]["metadata"]
     heads = [one.partition("/") for one, said in below.items() if said["node_type"] == "group"]
     known = [tail for head, _, tail in heads if head == STATISTICS and tail]
     if name is None and len(known) == 1:
@@ -125,12 +135,6 @@ def saved(archive: str | os.PathLike[str], name: str | None = None) -> xr.Datase
         if one in loaded.variables and isinstance(said, Mapping):
             loaded[one].attrs.update(said)
     return loaded.drop_attrs(deep=False).assign_attrs(attributes)
-
-
-def _archive(path: str | os.PathLike[str], asked: str) -> Path:
-    place = files.existing(path, asked)
-    store.read_attributes(place)  # raises where it is none
-    return place
 
 
 def _array(name: Hashable, variable: xr.Variable) -> Coordinate:

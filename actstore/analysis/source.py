@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from actstore.accessor import lazy_beneath, token_axes
+from actstore.accessor import check_dataset, lazy_beneath, token_axes
 from actstore.analysis.engine import Budget
 from actstore.errors import ConfigError
 
@@ -161,11 +161,10 @@ def sources(
     Raises
     ------
     ConfigError
-        There is no such variable, it has no token axis, or its values aren't numbers.
+        It is no dataset; there is no such variable, it has no token axis, or its values aren't
+        numbers.
     """
-    if not isinstance(dataset, xr.Dataset):
-        msg = f"wanted an xarray.Dataset, as actstore.open_dataset gives it; got {type(dataset)!r}"
-        raise ConfigError(msg)
+    check_dataset(dataset)
     axes = token_axes(dataset)
     rows = {str(name): _axis_of(one, axes) for name, one in dataset.data_vars.items()}
     known = [name for name, dim in rows.items() if dim is not None]

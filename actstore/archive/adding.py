@@ -27,6 +27,7 @@ from actstore.archive.alignment import CANONICAL
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import GROUPS, STATISTICS, clean, leads_out
 from actstore.archive.precision import EXACT, SCALE
+from actstore.archive.root import FORMAT, metadata_crc, read_root
 from actstore.errors import ActstoreError, ArchiveError, ConfigError
 
 __all__ = ["ADDED", "add_arrays", "only_writer", "remove_arrays"]
@@ -185,8 +186,8 @@ def _errors(place: Path) -> Iterator[None]:
 
 
 def _read_root(place: Path) -> dict[str, Any]:
-    root = store.read_root(place)
-    wanted, found = store.metadata_crc((place / "zarr.json").read_bytes())
+    root = read_root(place)
+    wanted, found = metadata_crc((place / "zarr.json").read_bytes())
     if wanted != found:
         msg = f"the metadata of {place} is damaged: see actstore.verify, and compact again"
         raise ArchiveError(msg)
@@ -317,7 +318,7 @@ def _with(
     """Give the attributes that a root has with something added."""
     said = {
         "created": datetime.now(UTC).isoformat(),
-        "writer": {"name": store.FORMAT, "version": __version__},
+        "writer": {"name": FORMAT, "version": __version__},
     }
     return {
         **attributes,

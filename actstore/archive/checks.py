@@ -16,6 +16,7 @@ from actstore.archive import store
 from actstore.archive.adding import ADDED
 from actstore.archive.names import leads_out
 from actstore.archive.precision import SCALE
+from actstore.archive.root import metadata_crc
 from actstore.archive.shards import check_shard, is_sealed, shard_path
 from actstore.archive.zipped import Place
 from actstore.buckets import RemotePath
@@ -126,7 +127,7 @@ class ArchiveCheck:
         place = place.fetched() if isinstance(place, RemotePath) else place
         data = place.read_bytes()
         self._looked_at(place)
-        wanted, found = store.metadata_crc(data)
+        wanted, found = metadata_crc(data)
         if wanted != found or not wanted:
             yield Finding("zarr.json", f"its CRC-32C is {found or 'missing'}, not {wanted!r}")
         try:
@@ -231,8 +232,11 @@ class ArchiveCheck:
             return
         self._looked_at(path)
         self.checked["chunks"] += wanted.size
-        for number, reason in check_shard(path, wanted):
-            yield Finding(name if number < 0 else f"{name}, chunk {number}", reason)
+        try:
+            for number, reason in check_shard(path, wanted):
+                yield Finding(name if number < 0 else f"{name}, chunk {number}", reason)
+        except OSError as error:
+            yield Finding(name, f"the file can't be read: {error}")
 
     def _wanted(
         self, array: _Array, place: tuple[int, ...], companion: _Array | None

@@ -218,7 +218,7 @@ class ShardedRows:
         Raises
         ------
         ArchiveError
-            A chunk is damaged.
+            A chunk is damaged, or can't be read.
         """
         out = np.empty((rows.size, *self._storage.row_shape), self.dtype)
         wanted = self._wanted(rows)
@@ -388,10 +388,15 @@ class ShardedRows:
     def _encoded(self, layer: int, chunk: int) -> memoryview | None:
         """Read a chunk's bytes, checked against their checksum; None where it was not written."""
         shard = chunk // self._per_shard
-        place = self._chunk_place(layer, chunk, self._index(layer, shard, self._per_shard))
-        if place is None:
-            return None
-        data = self._part(self._path(layer, shard), *place)
+        path = self._path(layer, shard)
+        try:
+            place = self._chunk_place(layer, chunk, self._index(layer, shard, self._per_shard))
+            if place is None:
+                return None
+            data = self._part(path, *place)
+        except OSError as error:
+            msg = f"{path} can't be read: {error}; see actstore.verify"
+            raise ArchiveError(msg) from error
         return self._unsealed(layer, chunk, memoryview(data), place[1])
 
     def _chunk_place(

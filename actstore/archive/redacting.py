@@ -17,6 +17,7 @@ from actstore.archive import store
 from actstore.archive.adding import ADDED
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import clean, leads_out
+from actstore.archive.root import arrays_of, read_root
 from actstore.errors import ArchiveError
 
 __all__ = ["check_names", "copy_archive"]
@@ -35,9 +36,7 @@ def check_names(folder: Path, root: Mapping[str, Any]) -> None:
         if leads_out(name) or "\\" in name:
             msg = f"{folder} names something outside of itself: {name!r}; see actstore.verify"
             raise ArchiveError(msg)
-    dims = {
-        dim for one in store.arrays_of(root).values() for dim in one.get("dimension_names", ())
-    }
+    dims = {dim for one in arrays_of(root).values() for dim in one.get("dimension_names", ())}
     for dim in root["attributes"]["rows"]:
         if dim != clean(dim) or dim not in dims:
             msg = f"{folder} has no dimension {dim!r}, of which its root says rows"
@@ -67,7 +66,7 @@ def copy_archive(
     ArchiveError
         A part of the archive is gone, or leads out of it.
     """
-    root = store.read_root(folder)
+    root = read_root(folder)
     check_names(folder, root)
     below: Mapping[str, Any] = root["consolidated_metadata"]["metadata"]
     gone = {name for name, values in changed.items() if values is None}

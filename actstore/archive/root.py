@@ -13,7 +13,7 @@ import crc32c as castagnoli
 
 from actstore.archive.zipped import Place
 from actstore.buckets import RemotePath
-from actstore.errors import FormatError, UnsupportedVersionError
+from actstore.errors import ConfigError, FormatError, UnsupportedVersionError
 
 __all__ = [
     "CRC_KEY",
@@ -55,7 +55,7 @@ def is_archive(path: Place) -> bool:
         read_attributes(path)
     except UnsupportedVersionError:
         return True
-    except FormatError:
+    except (FormatError, ConfigError):
         return False
     return True
 
@@ -69,11 +69,19 @@ def read_root(path: Place) -> dict[str, Any]:
         The folder is none of our archives.
     UnsupportedVersionError
         It is one of a version that this actstore doesn't know.
+    ConfigError
+        It may not be read.
     """
     try:
         data = _read_json(path / "zarr.json")
+    except PermissionError as error:
+        msg = f"{path} can't be read: {error}; mend that, or give another path"
+        raise ConfigError(msg) from error
+    except FileNotFoundError as error:
+        msg = f"{path} is no archive of actstore: it has no zarr.json"
+        raise FormatError(msg) from error
     except (OSError, ValueError) as error:
-        msg = f"{path} is no archive of actstore: {error!r}"
+        msg = f"{path} is no archive of actstore: {error}"
         raise FormatError(msg) from error
     return parse_root(data, path)
 

@@ -34,36 +34,16 @@ from zarr.storage import ZipStore
 from actstore import files
 from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.names import GROUPS, plain_json
-from actstore.archive.root import (
-    FORMAT,
-    NO_CRC,
-    VERSION,
-    arrays_of,
-    check_identity,
-    is_archive,
-    metadata_crc,
-    parse_root,
-    read_attributes,
-    read_root,
-)
+from actstore.archive.root import NO_CRC, arrays_of, read_root
 from actstore.archive.shards import codec_metadata
 from actstore.archive.zipped import Place, ZipPath
 from actstore.buckets import RemotePath
 from actstore.errors import ArchiveError
 
 __all__ = [
-    "FORMAT",
-    "VERSION",
     "ArchiveWriter",
-    "arrays_of",
-    "check_identity",
-    "is_archive",
-    "metadata_crc",
     "open_xarray",
-    "parse_root",
-    "read_attributes",
     "read_part",
-    "read_root",
     "read_rows",
     "write_metadata",
     "write_part",

@@ -27,6 +27,7 @@ from actstore.archive.coordinates import SOURCE_ROW
 from actstore.arguments import check_memory
 from actstore.bridges import arrow, safe_tensors
 from actstore.bridges.folders import LABELS
+from actstore.buckets import local_target, place_of
 from actstore.dataset import open_lazily
 from actstore.errors import ConfigError
 
@@ -102,7 +103,8 @@ def export_rows(
     Parameters
     ----------
     source : path or xarray.Dataset
-        A log or an archive, or rows of it as ``dataset.actstore`` chooses them.
+        A log or an archive, also by a URL for which the environment says what is needed; or a
+        dataset, or rows of it as ``dataset.actstore`` chooses them.
     target : path
         ``.parquet``, ``.safetensors``, or without an ending, a folder for SAELens; must not exist.
     layers : str or sequence of str, optional
@@ -130,12 +132,14 @@ def export_rows(
     ------
     ConfigError
         An argument can't be honoured, a layer isn't there, or a package isn't.
+    ArchiveError
+        The target can't be written.
     MissingFileError, FormatError, StreamCorruptError
         As for `open_dataset`.
     """
     began = time.monotonic()
     check_memory(max_memory_gb)
-    path = Path(target)
+    path = local_target(target, "export_rows")
     kind = _FORMATS.get(path.suffix, "") if format is None else format
     if kind not in _FORMATS.values():
         msg = (
@@ -147,9 +151,11 @@ def export_rows(
         msg = f"context_size is of SAELens' format; the target is {kind}"
         raise ConfigError(msg)
     with ExitStack() as stack:
-        dataset = (
-            source if isinstance(source, xr.Dataset) else stack.enter_context(open_lazily(source))
-        )
+        if isinstance(source, xr.Dataset):
+            dataset = source
+        else:
+            place = place_of(source, "export_rows")
+            dataset = stack.enter_context(open_lazily(place))
         rows = _Rows.of(beneath_dask(dataset), layers, names or {}, dim, max_memory_gb, kind)
         made = stack.enter_context(files.appearing(path, folder=kind == "saelens"))
         if kind == "parquet":

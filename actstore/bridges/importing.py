@@ -18,6 +18,7 @@ from actstore import codecs, files
 from actstore.bridges import activault, caches, folders, saelens, saev, torch_files, vllm
 from actstore.bridges.foreign import Foreign, Options, wanted_tokens
 from actstore.bridges.log import Content, write_log
+from actstore.buckets import local, local_target
 from actstore.compaction import compact
 from actstore.errors import ConfigError, FormatError
 
@@ -129,15 +130,16 @@ def import_activations(
     FormatError
         The source is damaged, or not what it says.
     """
-    place = files.existing(source, "import_activations")
+    place = local(source, "import_activations")
     options = Options(layers, wanted_tokens(tokens))
     name = _kind_of(place) if kind is None else kind
     if name not in KINDS:
         msg = f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}"
         raise ConfigError(msg)
     _check_options(name, options)
+    path = local_target(target, "import_activations")
     return _make(
-        lambda: KINDS[name].read(place, options), name, target, names, tokenizer, compression
+        lambda: KINDS[name].read(place, options), name, path, names, tokenizer, compression
     )
 
 
@@ -188,20 +190,20 @@ def save_cache(
     """
     kind, read = caches.recognised(cache)
     labels = caches.Told(tokens, mask, dict(annotations or {}))
-    return _make(lambda: read(cache, labels), kind, target, names, tokenizer, compression)
+    path = local_target(target, "save_cache")
+    return _make(lambda: read(cache, labels), kind, path, names, tokenizer, compression)
 
 
 def _make(
     source: Callable[[], Foreign],
     kind: str,
-    target: str | os.PathLike[str],
+    path: Path,
     names: Mapping[str, str] | None,
     tokenizer: Any,
     compression: str,
 ) -> ImportReport:
     began = time.monotonic()
     codecs.check_name(compression)
-    path = Path(target)
     if path.suffix not in (_LOG, _ARCHIVE):
         msg = f"the target must end with {_LOG} (a log) or {_ARCHIVE} (an archive); got {path}"
         raise ConfigError(msg)

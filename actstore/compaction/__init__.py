@@ -215,7 +215,7 @@ def compact(  # noqa: PLR0913 - each is its own choice, by name
         As for `open_stream`.
     """
     began = time.monotonic()
-    paths, target = paths_of(streams, storage_options), path_of(out, storage_options)
+    paths, target = paths_of(streams, "compact", storage_options), path_of(out, storage_options)
     shards.check_profile(profile)
     drawn = check_layout(layout, seed)
     threads = workers_of(workers)

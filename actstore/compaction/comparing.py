@@ -14,7 +14,9 @@ from actstore.archive import layout, store
 from actstore.archive.coordinates import SOURCE_ROW, STRING, prefix_of
 from actstore.archive.jobs import Job
 from actstore.archive.precision import Precision
+from actstore.archive.root import read_attributes
 from actstore.archive.shuffling import SEED, Shuffle, is_shuffled
+from actstore.archive.zipped import Place
 from actstore.compaction.content import Captured, shards_of
 from actstore.compaction.logs import Pathlike, opened, plan_log
 from actstore.compaction.shuffling import scattered
@@ -25,7 +27,7 @@ __all__ = ["differences"]
 
 
 def differences(
-    folder: Path,
+    folder: Place,
     streams: Pathlike | Sequence[Pathlike],
     shapes: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
@@ -40,7 +42,7 @@ def differences(
         What of the archive differs, and how. Texts are not compared: a tokenizer may have given
         them.
     """
-    attributes = store.read_attributes(folder)
+    attributes = read_attributes(folder)
     logs = attributes.get("provenance", {}).get("logs", ())
     ranks = next((one["ranks"] for one in logs if "ranks" in one), "all")
     with opened(streams, shapes, dtypes, ranks) as reader:
@@ -77,7 +79,7 @@ def differences(
                 yield one.name, "its values are not those of the logs"
 
 
-def _shuffle(folder: Path, plan: layout.Plan, attributes: Mapping[str, Any]) -> Shuffle:
+def _shuffle(folder: Place, plan: layout.Plan, attributes: Mapping[str, Any]) -> Shuffle:
     """Read in which order the rows of an archive are.
 
     Raises
@@ -104,7 +106,7 @@ def _readable(jobs: Sequence[Job], captured: Captured | None) -> Iterator[Job]:
             yield from batch
 
 
-def _difference(folder: Path, job: Job) -> str:
+def _difference(folder: Place, job: Job) -> str:
     """Say how the rows of a shard differ from the log's, if they do."""
     read: dict[str, NDArray[Any]] = {}
     for number in np.flatnonzero(job.shard.present).tolist():

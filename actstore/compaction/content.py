@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import actstore
-from actstore.archive import layout, store
+from actstore.archive import layout
 from actstore.archive.coordinates import pass_columns, token_columns
 from actstore.archive.jobs import Job, Read
 from actstore.archive.precision import Precision
+from actstore.archive.root import VERSION
 from actstore.archive.shuffling import Shuffle, reordered
 from actstore.compaction.logs import (
     Reader,
@@ -138,7 +139,7 @@ class Content:
         """Give what tells one making of an archive from another: the logs, plan and shards."""
         said = {
             "writer": actstore.__version__,
-            "format": store.VERSION,
+            "format": VERSION,
             "logs": self.logs,
             "times": self.times,
             "shards": [(one.file, one.shard.first, one.shard.last, one.raw_bytes) for one in jobs],

@@ -51,7 +51,7 @@ def opened(
     with ExitStack() as stack:
         readers = [
             stack.enter_context(open_stream(path, shapes=shapes, dtypes=dtypes))
-            for path in paths_of(streams, storage_options)
+            for path in paths_of(streams, "compact", storage_options)
         ]
         for one in readers:
             one.check()
@@ -60,20 +60,26 @@ def opened(
 
 
 def paths_of(
-    streams: Pathlike | Sequence[Pathlike], storage_options: Mapping[str, Any] | None = None
+    streams: Pathlike | Sequence[Pathlike],
+    asked: str,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> list[Path | RemotePath]:
-    """Give the paths of one log or several, which are there."""
+    """Give the paths of one log or several, which are there; ``asked`` is who wants them."""
     if isinstance(streams, str | os.PathLike):
-        return [_log_at(streams, storage_options)]
+        return [_log_at(streams, asked, storage_options)]
+    if is_remote(streams):  # a store of obstore
+        return [path_of(streams, storage_options)]  # type: ignore[arg-type]
     if not isinstance(streams, Sequence) or isinstance(streams, bytes) or not streams:
-        msg = f"compact takes the path of a log, or a sequence of them; got {streams!r}"
+        msg = f"{asked} takes the path of a log, or a sequence of them; got {streams!r}"
         raise ConfigError(msg)
-    return [_log_at(one, storage_options) for one in streams]
+    return [_log_at(one, asked, storage_options) for one in streams]
 
 
-def _log_at(path: Pathlike, storage_options: Mapping[str, Any] | None) -> Path | RemotePath:
+def _log_at(
+    path: Pathlike, asked: str, storage_options: Mapping[str, Any] | None
+) -> Path | RemotePath:
     found = path_of(path, storage_options)
-    return found if isinstance(found, RemotePath) else files.existing(found, "compact")
+    return found if isinstance(found, RemotePath) else files.existing(found, asked)
 
 
 def path_of(path: Pathlike, storage_options: Mapping[str, Any] | None) -> Path | RemotePath:

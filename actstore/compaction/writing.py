@@ -22,6 +22,7 @@ from actstore.archive.coordinates import STRING, Coordinate
 from actstore.archive.jobs import Job, Written
 from actstore.archive.journal import Journal
 from actstore.archive.precision import EXACT, SCALE, Errors
+from actstore.archive.root import FORMAT, VERSION
 from actstore.archive.shuffling import SEED
 from actstore.archive.uploads import Uploads
 from actstore.archive.zipped import Place
@@ -249,7 +250,7 @@ def _add_labels(writer: store.ArchiveWriter, content: Content) -> None:
     for variable in plan.variables:
         if variable.partial:
             writer.add_small(variable.present())
-    for group, dim in (("tokens", "token"), ("passes", "pass")):
+    for group, dim in (("tokens", "recorded"), ("passes", "pass")):
         for name, values in content.tables[group].items():
             writer.add_small(Coordinate(name, (dim,), values), group=group)
 
@@ -266,8 +267,8 @@ def _attributes(
     captured = content.captured
     shuffled = {} if captured is None else {"layout": "shuffled", SEED: captured.shuffle.seed}
     return {
-        "format": store.FORMAT,
-        "format_version": store.VERSION,
+        "format": FORMAT,
+        "format_version": VERSION,
         "coordinates": " ".join(labels),
         "index": _index(plan.coordinates),
         "rows": dict(plan.rows),

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import machine
-from actstore.archive import store
 from actstore.archive.checks import Finding
+from actstore.archive.root import metadata_crc
 from actstore.errors import ArchiveError, FormatError, UnsupportedVersionError
 from actstore.hdf5.mirror import (
     ESCAPE,
@@ -84,7 +84,7 @@ class Hdf5Check:
             yield Finding(METADATA, str(error))
             return
         with archive, ThreadPoolExecutor(machine.cores()) as pool:
-            wanted, found = store.metadata_crc(archive.data)
+            wanted, found = metadata_crc(archive.data)
             if wanted != found or not wanted:
                 yield Finding(METADATA, f"its CRC-32C is {found or 'missing'}, not {wanted!r}")
             yield from self._objects(archive)

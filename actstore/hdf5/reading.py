@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import files
-from actstore.archive import store
 from actstore.archive.coordinates import STRING
 from actstore.archive.reading import ShardedRows, Storage
+from actstore.archive.root import FORMAT, parse_root
 from actstore.errors import ActstoreError, ArchiveError, FormatError
 from actstore.hdf5 import chunks as coded
 from actstore.hdf5.mirror import (
@@ -60,7 +60,7 @@ def is_ours(path: Path) -> bool:
     """Whether an HDF5 file says that it is an archive of actstore, of whatever version."""
     try:
         with h5py.File(path, "r") as file:
-            return read_attribute(file, "format") == store.FORMAT
+            return read_attribute(file, "format") == FORMAT
     except _OF_HDF5:
         return False
 
@@ -103,7 +103,7 @@ class Hdf5Archive:
         self._close_raw = weakref.finalize(self, os.close, self._raw)  # once, and when dropped
         try:
             self.data = self._metadata()
-            self.root = store.parse_root(self.data, path)
+            self.root = parse_root(self.data, path)
             self.arrays = arrays(self.root)
             self._check_dimensions()
         except BaseException:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from actstore import machine
 from actstore.archive import shards, store
 from actstore.archive.reading import ShardedRows
+from actstore.archive.root import metadata_crc, parse_root
 from actstore.archive.zipped import Place
 from actstore.errors import ArchiveError, ConfigError
 from actstore.hdf5 import chunks as coded
@@ -93,8 +94,8 @@ class Hdf5Writer:
     ) -> None:
         self.source = source
         self.data = (source / "zarr.json").read_bytes()
-        self.root = store.parse_root(self.data, source)
-        if len(set(store.metadata_crc(self.data))) > 1:
+        self.root = parse_root(self.data, source)
+        if len(set(metadata_crc(self.data))) > 1:
             msg = f"{source}: its metadata don't match their checksum; see actstore.verify"
             raise ArchiveError(msg)
         self.arrays = arrays(self.root)

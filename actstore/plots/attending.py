@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from actstore.accessor import TokenAxis, lazy_beneath, token_axes
+from actstore.accessor import TokenAxis, check_dataset, lazy_beneath, token_axes
 from actstore.errors import ConfigError
 from actstore.plots.chosen import Shown
 from actstore.plots.maps import draw_map, root_scale
@@ -92,8 +92,9 @@ def attention(
     Raises
     ------
     ConfigError
-        No weights were captured; or there is no such layer, head, pass or item.
+        It is no dataset; no weights were captured; or there is no such layer, head, pass or item.
     """
+    check_dataset(dataset)
     stem = _stem(dataset, variable)
     packets = _packets(dataset, stem, pass_index)
     layers = [one.layer for one in packets]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from actstore.errors import ConfigError
+from actstore.overview import analysis_of
 from actstore.plots.style import COLORS, INK, SMALL, blank, drawn, needs_matplotlib, note
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ _UNITS: Final = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 
 
 @needs_matplotlib
-def run_rates(run: str | os.PathLike[str] | Mapping[str, Any], *, width: float = 7.0) -> Figure:
+def run_rates(
+    run: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    width: float = 7.0,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Figure:
     """Draw what a run wrote, how fast, and what the model waited for.
 
     Left: the model's bytes (light) and those stored (dark), with their ratio, of each layer, or,
@@ -34,10 +39,12 @@ def run_rates(run: str | os.PathLike[str] | Mapping[str, Any], *, width: float =
     Parameters
     ----------
     run : path or mapping
-        A log or an archive's folder, or what ``analyze_activations`` gives of one. No values are
-        read.
+        A log or an archive, also by its URL; or what ``analyze_activations`` gives of one. No
+        values are read.
     width : float, optional
         Inches.
+    storage_options : mapping, optional
+        Of a bucket, as for `actstore.open_dataset`.
 
     Returns
     -------
@@ -51,7 +58,7 @@ def run_rates(run: str | os.PathLike[str] | Mapping[str, Any], *, width: float =
     MissingFileError, FormatError, StreamCorruptError
         As for `actstore.open_stream`.
     """
-    found = run if isinstance(run, Mapping) else _analysed(run)
+    found = run if isinstance(run, Mapping) else analysis_of(run, "run_rates", storage_options)
     layers = found.get("per_layer")
     if not isinstance(layers, Mapping):
         msg = (
@@ -72,23 +79,6 @@ def run_rates(run: str | os.PathLike[str] | Mapping[str, Any], *, width: float =
         _draw_waits(figure.add_subplot(grid[1]), found)
         note(figure, _about(found))
         return figure
-
-
-def _analysed(path: Any) -> dict[str, Any]:
-    from actstore.archive.store import read_attributes
-    from actstore.stream.reader import open_stream
-    from actstore.stream.summary import summarise
-
-    try:
-        place = Path(path)
-    except TypeError:
-        msg = f"wanted a path, or what analyze_activations gives; got {path!r}"
-        raise ConfigError(msg) from None
-    if place.is_dir():
-        return dict(read_attributes(place)["analysis"])
-    with open_stream(place) as reader:
-        reader.check()
-        return summarise(reader)
 
 
 def _bars(layers: Mapping[str, Any]) -> tuple[list[tuple[str, int, int]], str]:

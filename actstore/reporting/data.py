@@ -15,9 +15,10 @@ from typing import Any, Final
 import xarray as xr
 
 import actstore
-from actstore import files, hdf5
+from actstore import hdf5
 from actstore.accessor import token_axes
 from actstore.archive import zipped
+from actstore.buckets import local
 from actstore.dataset import open_dataset
 from actstore.errors import ActstoreWarning, StreamCorruptError
 from actstore.reporting.values import QUANTILES, finite
@@ -49,7 +50,7 @@ def of_path(source: str | os.PathLike[str], describe: Describe, *, check: bool) 
     Parameters
     ----------
     source : path
-        A log, an archive's folder, ``.zarr.zip`` or ``.h5``.
+        A log, an archive's folder, ``.zarr.zip`` or ``.h5``; no URL.
     describe : function
         Says what is shown of the values.
     check : bool
@@ -67,7 +68,7 @@ def of_path(source: str | os.PathLike[str], describe: Describe, *, check: bool) 
     ConfigError
         There is no such sequence.
     """
-    place = files.existing(source, "report")
+    place = local(source, "report")
     health = _health(place) if check else _unchecked()
     name = place.absolute().name
     try:

@@ -18,9 +18,11 @@ from typing import Any, Final
 
 import xarray as xr
 
+from actstore.accessor import check_dataset
+from actstore.buckets import local_target
 from actstore.dataset import is_dataset
 from actstore.errors import ConfigError
-from actstore.files import atomic_write
+from actstore.files import atomic_write, writing
 from actstore.markup import Page, amount, attribute, bytes_of, escape, facts, table
 from actstore.reporting import data
 from actstore.reporting.values import SAMPLE_VALUES, Limits, described
@@ -78,6 +80,8 @@ def report(
     ConfigError
         There is no such sequence, an option is none, or ``target`` is a folder, a log or an
         archive.
+    ArchiveError
+        The page can't be written.
     """
     describe = partial(described, limits=Limits(max_tokens, sequence, max_memory_gb))
     path = _target(target)
@@ -85,7 +89,8 @@ def report(
         said = data.of_dataset(source, describe)
     else:
         said = data.of_path(source, describe, check=verify)
-    atomic_write(path, _page(said).html.encode("utf-8", "backslashreplace"))
+    with writing(path):
+        atomic_write(path, _page(said).html.encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -115,9 +120,7 @@ def explore(
     ConfigError
         It is no dataset, there is no such sequence, or an option is none.
     """
-    if not isinstance(dataset, xr.Dataset):
-        msg = f"explore wants an xarray.Dataset, as open_dataset gives it; got {type(dataset)!r}"
-        raise ConfigError(msg)
+    check_dataset(dataset)
     describe = partial(described, limits=Limits(max_tokens, sequence, max_memory_gb))
     where = Path(str(dataset.encoding.get("source", "dataset"))).name
     return _page(data.of_dataset(dataset, describe, where))
@@ -141,11 +144,7 @@ def served_page(said: dict[str, Any]) -> tuple[str, str]:
 
 
 def _target(given: str | os.PathLike[str]) -> Path:
-    try:
-        path = Path(given)
-    except TypeError:
-        msg = f"target must be the path of the page; got {given!r}"
-        raise ConfigError(msg) from None
+    path = local_target(given, "report")
     if path.is_dir() or is_dataset(path):
         msg = f"{path} is a folder, a log or an archive; give the page a name of its own"
         raise ConfigError(msg)

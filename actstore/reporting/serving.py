@@ -21,6 +21,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import parse_qsl
 
+from actstore.buckets import local
 from actstore.dataset import open_dataset
 from actstore.errors import ConfigError
 from actstore.reporting import data
@@ -114,7 +115,7 @@ def application(
         raise ConfigError(msg)
     limits = Limits(_TOKENS, sequence, max_memory_gb)
     each = Limits(_TOKENS, sequence, max_memory_gb / _WORKERS)
-    with open_dataset(source, chunks=None) as dataset:
+    with open_dataset(local(source, "serve"), chunks=None) as dataset:
         answers = Answers(dataset, each, tell)
         said = data.of_path(source, answers.outline, check=verify)
         said["notes"].append(

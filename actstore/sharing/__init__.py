@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +21,11 @@ from actstore import files
 from actstore.archive import store
 from actstore.archive.coordinates import prefix_of
 from actstore.archive.redacting import check_names, copy_archive
+from actstore.archive.root import read_root
 from actstore.arguments import check_callable, check_memory
+from actstore.buckets import local, local_target
 from actstore.compaction import Pathlike, Progress, compact
-from actstore.errors import ActstoreError, ArchiveError, ConfigError
+from actstore.errors import ArchiveError, ConfigError
 from actstore.exporting import export
 from actstore.sharing.card import About, card, variables
 from actstore.sharing.croissant import Resource, Table, describe
@@ -133,11 +134,12 @@ def share(  # noqa: PLR0913 - each is its own choice, by name
     if container not in _CONTAINERS:
         msg = f"container must be one of {', '.join(map(repr, _CONTAINERS))}; got {container!r}"
         raise ConfigError(msg)
-    place = files.existing(source, "share")
+    place = local(source, "share")
     hashes = _identity(model_folder, weights=hash_weights)
-    with _made(Path(target)) as folder:
+    target = local_target(target, "share")
+    with files.appearing(target, folder=True, taken=ArchiveError) as folder:
         archive = _archive(place, folder, privacy, max_memory_gb, progress)
-        root = store.read_root(archive)
+        root = read_root(archive)
         told = about or About(_stem(place))
         tables = [*_labels(archive, root, folder), _variables(root, folder)]
         data = archive
@@ -153,7 +155,7 @@ def share(  # noqa: PLR0913 - each is its own choice, by name
         made = {path: files.sha256(path) for path in _files(folder)}
         _croissant(folder, told, tables, data, made)
         count, nbytes = _manifest(folder, made)
-    return Shared(Path(target), Path(target, data.name), count, nbytes, listed)
+    return Shared(target, target / data.name, count, nbytes, listed)
 
 
 def what_leaves(source: Pathlike, *, privacy: Privacy | None = None) -> list[Leaving]:
@@ -172,7 +174,7 @@ def what_leaves(source: Pathlike, *, privacy: Privacy | None = None) -> list[Lea
         What tells most of what was read first: texts, ids, labels of yours.
     """
     _check_kind("privacy", privacy, Privacy)
-    place = files.existing(source, "what_leaves")
+    place = local(source, "what_leaves")
     if not place.is_dir():
         msg = f"{place} is no archive's folder: compact it first, then see what leaves"
         raise ConfigError(msg)
@@ -185,19 +187,6 @@ def _check_kind(name: str, value: object, kind: type) -> None:
         raise ConfigError(msg)
 
 
-@contextmanager
-def _made(target: Path) -> Iterator[Path]:
-    """Give a folder that becomes the target, or is removed where that fails."""
-    try:
-        with files.appearing(target, folder=True, taken=ArchiveError) as folder:
-            yield folder
-    except OSError as error:
-        if isinstance(error, ActstoreError):
-            raise
-        msg = f"{target} could not be made: {error}; nothing was kept of it"
-        raise ArchiveError(msg) from error
-
-
 def _archive(
     place: Path, folder: Path, privacy: Privacy, gigabytes: float, progress: Progress | None
 ) -> Path:
@@ -206,7 +195,7 @@ def _archive(
     if not place.is_dir():
         made = folder / ".source.zarr"
         compact(place, made, max_memory_gb=gigabytes, progress=progress)
-    root = store.read_root(made)
+    root = read_root(made)
     check_names(made, root)
     target = folder / f"{_stem(place)}.zarr"
     said = shared_attributes(root["attributes"], privacy)

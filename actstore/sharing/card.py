@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from actstore.archive import store
 from actstore.archive.precision import EXACT, SCALE
+from actstore.archive.root import arrays_of
 from actstore.arguments import check_strings
 from actstore.errors import ConfigError
 
@@ -116,7 +116,7 @@ def variables(root: Mapping[str, Any]) -> list[dict[str, Any]]:
         if "errors" in layer
     }
     found = []
-    for name, one in store.arrays_of(root).items():
+    for name, one in arrays_of(root).items():
         attributes = one["attributes"]
         if "source_dtype" not in attributes:
             continue
@@ -237,7 +237,7 @@ def _aliases(aliases: Mapping[str, str]) -> list[str]:
 def _rows(root: Mapping[str, Any], tables: Sequence[str]) -> list[str]:
     said = root["attributes"]
     rows = ", ".join(f"{count:,} on `{dim}`" for dim, count in said["rows"].items()) or "none"
-    arrays, dims = store.arrays_of(root), said["rows"]
+    arrays, dims = arrays_of(root), said["rows"]
     own = [one for one in said["coordinates"].split() if arrays[one]["dimension_names"][0] in dims]
     labels = ", ".join(f"`{name}`" for name in own)
     beside = ", ".join(f"`{name}`" for name in tables)
@@ -298,7 +298,7 @@ def _opening(data: str) -> list[str]:
 
 def _codes(root: Mapping[str, Any]) -> list[str]:
     """Say how what isn't stored as floats is read without actstore."""
-    arrays = store.arrays_of(root)
+    arrays = arrays_of(root)
     coded = {
         name: one["attributes"]["code_offset"]
         for name, one in arrays.items()

@@ -16,6 +16,7 @@ from actstore.archive import store
 from actstore.archive.coordinates import ROW_LABELS, RUN, SOURCE_ROW, STRING, prefix_of
 from actstore.archive.precision import EXACT, SCALE
 from actstore.archive.redacting import check_names
+from actstore.archive.root import arrays_of, read_root
 from actstore.arguments import check_strings
 from actstore.errors import ConfigError
 
@@ -118,7 +119,7 @@ class Privacy:
         ConfigError
             A label that is to be dropped is none of the sender's.
         """
-        arrays = store.arrays_of(root)
+        arrays = arrays_of(root)
         found: dict[str, NDArray[Any] | None] = {}
         yours = set(_labels(root))
         for name in self.drop_labels:
@@ -166,9 +167,9 @@ class Leaving:
 
 def leaving(folder: Path, privacy: Privacy) -> list[Leaving]:
     """List what of an archive leaves, as it leaves: what tells most of what was read first."""
-    root = store.read_root(folder)
+    root = read_root(folder)
     check_names(folder, root)
-    arrays = store.arrays_of(root)
+    arrays = arrays_of(root)
     changed = privacy.changed(folder, root)
     order = ("token text", "token ids", "your label", "metadata", "values", "label")
     found = list(_metadata(root, privacy))
@@ -248,7 +249,7 @@ def _of_tokens(root: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 def _row_labels(root: Mapping[str, Any]) -> dict[str, list[str]]:
     labels = set(root["attributes"]["coordinates"].split())
-    arrays = store.arrays_of(root)
+    arrays = arrays_of(root)
     return {
         dim: [
             name for name in arrays if name in labels and arrays[name]["dimension_names"] == [dim]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from actstore import files
 from actstore.arguments import check_callable
+from actstore.buckets import local, local_target
 from actstore.errors import ConfigError, FormatError, StreamCorruptError
 from actstore.stream.legacy import is_legacy
 from actstore.stream.reader import StreamReader
@@ -122,7 +123,7 @@ def recover(
         Nothing of it can be told: it was cut in its HEADER.
     """
     check_callable("progress", progress)
-    place = files.path_of(path)
+    place = local(path, "recover")
     if is_legacy(place):
         msg = (
             f"{place} is a log of llm-instrumentation, which says too little to be made whole; "
@@ -135,7 +136,7 @@ def recover(
         kept = _Intact(reader, lambda done: progress(done, 3 * size))
         if reader.complete and not kept.damage and kept.rows.all():
             return kept.report(place)
-        target = files.path_of(out) if out is not None else _beside(place)
+        target = local_target(out, "recover") if out is not None else _beside(place)
         files.check_new(target, ConfigError)
         partial = target.with_name(f".{target.name}.partial")
         partial.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from actstore.appending import append
 from actstore.archive import grid, store
 from actstore.archive.adding import add_arrays, only_writer, remove_arrays
 from actstore.archive.coordinates import STRING, Coordinate
+from actstore.archive.root import read_attributes, read_root
 from actstore.compaction import compact
 from actstore.errors import ArchiveError, ConfigError
 from actstore.verification import verify
@@ -52,7 +53,7 @@ def archive(made: Path, tmp_path: Path) -> Path:
 
 
 def rows(archive: Path) -> int:
-    return int(store.read_attributes(archive)["rows"]["token"])
+    return int(read_attributes(archive)["rows"]["token"])
 
 
 def label(
@@ -112,7 +113,7 @@ def test_added_coordinates_are_seen_by_everyone_and_no_file_but_the_root_changes
     report = verify(archive, against=archive.with_name("run.stream"))
     assert report.ok, report.damage
     assert report.checked["files"] == len(after)
-    said = store.read_attributes(archive)["added"]
+    said = read_attributes(archive)["added"]
     assert list(said) == ["mine", "depth"]
     assert said["mine"]["writer"] == {"name": "actstore", "version": actstore.__version__}
     assert [path.name for path in archive.parent.iterdir() if path.name[0] == "."] == []
@@ -160,7 +161,7 @@ def test_any_flipped_bit_of_what_was_added_is_found(archive: Path) -> None:
 
 
 def test_what_the_root_says_was_added_must_be_there(archive: Path) -> None:
-    root = store.read_root(archive)
+    root = read_root(archive)
     root["attributes"]["added"] = {"mine": {}}
     below = root["consolidated_metadata"]["metadata"]
     store.ArchiveWriter(archive).write_root(root["attributes"], below)
@@ -171,7 +172,7 @@ def test_what_the_root_says_was_added_must_be_there(archive: Path) -> None:
 def test_a_large_small_array_is_cut_so_that_blosc_takes_its_chunks(archive: Path) -> None:
     wide = Coordinate("wide", ("a", "b"), np.zeros((300, 70_000), np.int8))
     add_arrays(archive, [wide], group=GROUP)
-    said = store.read_root(archive)["consolidated_metadata"]["metadata"][f"{GROUP}/wide"]
+    said = read_root(archive)["consolidated_metadata"]["metadata"][f"{GROUP}/wide"]
     assert said["chunk_grid"]["configuration"]["chunk_shape"] == [239, 70_000]
     assert verify(archive).ok
 
@@ -211,15 +212,15 @@ def test_what_was_added_is_replaced_on_request_and_values_are_the_same_files(
 
 
 def test_all_that_was_added_is_taken_out_again(archive: Path) -> None:
-    before, old = files_of(archive), store.read_root(archive)
+    before, old = files_of(archive), read_root(archive)
     add_arrays(archive, [label(archive, dtype=STRING), label(archive, "other")])
     add_arrays(archive, means(), group=GROUP)
     remove_arrays(archive, ["mine", GROUP])
-    assert list(store.read_attributes(archive)["added"]) == ["other"]
+    assert list(read_attributes(archive)["added"]) == ["other"]
     assert verify(archive).ok
     remove_arrays(archive, ["other"])
     assert files_of(archive) == before
-    assert store.read_root(archive) == old
+    assert read_root(archive) == old
 
 
 @pytest.mark.parametrize("name", ["resid", "token_id", "nothing", "text", "../run.stream"])
@@ -326,7 +327,7 @@ def test_an_archive_whose_metadata_is_damaged_is_refused(archive: Path) -> None:
 def test_names_that_lead_out_of_the_archive_are_refused(archive: Path) -> None:
     aside = archive.with_name("aside")
     aside.mkdir()
-    root = store.read_root(archive)
+    root = read_root(archive)
     below = root["consolidated_metadata"]["metadata"]
     bad = {**below, f"{GROUP}/../../../aside": below["token_id"]}
     said = root["attributes"] | {"added": {GROUP: {}}}
@@ -436,7 +437,7 @@ def state(archive: Path, old: xr.Dataset, what: str) -> str:
     found, later = plain(archive), what in ("replace", "remove")
     with actstore.open_dataset(archive) as ours:
         assert ours.load().identical(found)
-    group = GROUP in store.read_attributes(archive).get("added", {})
+    group = GROUP in read_attributes(archive).get("added", {})
     if found.identical(old):
         assert group == later
         return "old"

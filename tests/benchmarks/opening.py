@@ -20,6 +20,7 @@ from machine import machine
 import actstore
 from actstore.archive import grid, store
 from actstore.archive.coordinates import STRING, Coordinate
+from actstore.archive.root import FORMAT, VERSION
 
 ROWS, LAYERS, WIDTH, ITEM = 1_000_000, 64, 4096, 512
 
@@ -58,7 +59,7 @@ def write(folder: Path, sites: int) -> None:
         writer.add_small(Coordinate(name, ("token",), values))
     writer.add_small(Coordinate("layer", ("layer",), np.arange(LAYERS)))
     about = {"coordinates": " ".join(labels), "rows": {"token": ROWS}, "aliases": {}}
-    writer.finish({"format": store.FORMAT, "format_version": store.VERSION, **about})
+    writer.finish({"format": FORMAT, "format_version": VERSION, **about})
 
 
 def timed(call: Callable[[], Any]) -> str:

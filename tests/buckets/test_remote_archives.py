@@ -12,16 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import s3_faults
 import xarray as xr
 from loopback import Request, Way, blobs_of
 
 import actstore
+from actstore import (
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationFramework,
+    analysis,
+    plots,
+)
 from actstore.archive import grid, uploads
 from actstore.buckets import Bucket, remote
 from actstore.compaction import writing
 from actstore.errors import ArchiveError, BucketError, ConfigError, MissingFileError
+from actstore.overview import Overview
+from actstore.reporting.serving import serve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "archive"))
 from logs import decoder_log, files_of
@@ -183,6 +193,11 @@ def test_what_is_not_there_or_not_answered_is_said(url: str, said: Options, way:
         actstore.open_dataset(url, storage_options=said)
     with pytest.raises(ConfigError, match="no URL"):
         actstore.open_dataset("run.zarr", storage_options=said)
+    for options in (3, "region"):
+        with pytest.raises(ConfigError, match="storage_options must be a mapping"):
+            actstore.open_dataset(url, storage_options=options)
+    with pytest.raises(MissingFileError, match=f"no log at {url}"):
+        actstore.verify(url, storage_options=said)
     with pytest.raises(ConfigError, match="is no store"):
         actstore.open_dataset("nowhere://bucket/run.zarr")
     way.rule = lambda _request: "503"
@@ -468,3 +483,89 @@ def test_the_command_takes_urls(log: Path, url: str, said: Options, way: Way) ->
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_whatever_reads_takes_a_url_and_storage_options(
+    log: Path, tmp_path: Path, url: str, said: Options
+) -> None:
+    far, local = f"{url}.zarr", tmp_path / "run.zarr"
+    actstore.compact(log, local)
+    norms = analysis.token_norms(actstore.open_dataset(local, chunks=None), "mlp")
+    analysis.save(norms, local, "norms")
+    for name, data in files_of(local).items():
+        bucket_of(far, said).put(name, data)
+    actstore.upload(log, url, storage_options=said)
+    framework = InstrumentationFramework(InstrumentationConfig(HookGranularity.FULL_TENSOR))
+    framework.storage_options = said
+
+    def without_place(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: one for name, one in found.items() if name != "stream_path"}
+
+    for here, there in ((log, url), (local, far)):
+        for analyse in (
+            framework.analyze_activations,
+            lambda path: actstore.analyze_activations_with_tokens(path, framework),
+        ):
+            found = analyse(there)
+            assert found["stream_path"] == there
+            assert without_place(found) == without_place(analyse(here))
+        assert Overview.of(there, storage_options=said).rows == Overview.of(here).rows
+        assert plots.run_rates(there, storage_options=said).axes
+        with xr.open_dataset(there, engine="actstore", storage_options=said) as opened:
+            assert opened.mlp.equals(actstore.open_dataset(here).mlp)
+    table = actstore.packet_table(url, storage_options=said)
+    pd.testing.assert_frame_equal(table, actstore.packet_table(log))
+    assert analysis.saved(far, storage_options=said).equals(analysis.saved(local))
+    assert actstore.verify(local, against=[url], storage_options=said).ok
+
+
+def test_a_file_url_is_read_where_a_path_is(log: Path) -> None:
+    actstore.upload(log, f"file://{log.parent}/far.stream")
+    table = actstore.packet_table(f"file://{log.parent}/far.stream")
+    pd.testing.assert_frame_equal(table, actstore.packet_table(log))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda url, path: actstore.append(path, url),
+        lambda url, path: actstore.add_coordinates(url, {"a": [1]}),
+        lambda url, path: actstore.remove_added(url, "a"),
+        lambda url, path: actstore.export(url, path / "a.h5"),
+        lambda url, path: actstore.import_archive(url, path / "a.zarr"),
+        lambda url, path: actstore.import_activations(url, path / "a.zarr"),
+        lambda url, path: actstore.recover(url),
+        lambda url, path: actstore.report(url, path / "a.html"),
+        lambda url, path: actstore.share(url, path / "a"),
+        lambda url, path: actstore.what_leaves(url),
+        lambda url, path: analysis.save(xr.Dataset({"a": 1}), url, "a"),
+        lambda url, path: serve(url),
+    ],
+)
+@pytest.mark.parametrize("kind", ["s3", "memory", "file"])
+def test_what_takes_no_urls_says_so(asked: Any, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"takes no URLs; got {kind}://.*: copy it"):
+        asked(f"{kind}://bucket/run.zarr", tmp_path)
+    if kind != "file":  # which a Path can't tell from a folder
+        with pytest.raises(ConfigError, match=rf"takes no URLs; got {kind}://bucket/run.zarr: "):
+            asked(Path(f"{kind}://bucket/run.zarr"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda path, url: actstore.export(path, f"{url}.h5"),
+        lambda path, url: actstore.export_rows(path, f"{url}.parquet"),
+        lambda path, url: actstore.import_archive(path, url),
+        lambda path, url: actstore.import_activations(path, f"{url}.zarr", kind="folder"),
+        lambda path, url: actstore.save_cache({"a": np.zeros((1, 1, 1))}, f"{url}.zarr"),
+        lambda path, url: actstore.report(path, f"{url}.html"),
+        lambda path, url: actstore.share(path, url),
+    ],
+)
+def test_what_makes_nothing_in_a_bucket_says_so(asked: Any, log: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"takes no URLs; got memory://bucket/made.*: give a path"
+    ):
+        asked(log, "memory://bucket/made")

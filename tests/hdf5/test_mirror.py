@@ -36,14 +36,16 @@ def test_a_dimension_is_of_the_nearest_group_that_has_it_with_that_length() -> N
     found = arrays(
         layer=said([3], ["layer"]),
         resid=said([3, 9], ["layer", "token"]),
-        tokens__time=said([5], ["token"]),
+        tokens__time=said([5], ["recorded"]),
+        passes__index=said([4], ["token"]),
         statistics__mean=said([3], ["layer"]),
         statistics__deep__mean=said([3, 9, 2], ["layer", "token", "bin"]),
     )
     assert mirror.dimensions(found) == {
         "layer": (3, True),
         "token": (9, False),
-        "tokens/token": (5, False),
+        "tokens/recorded": (5, False),
+        "passes/token": (4, False),
         "statistics/deep/bin": (2, False),
     }
 
