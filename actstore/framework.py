@@ -193,12 +193,15 @@ class InstrumentationFramework:
         """Give the models that there are, and what was said of them."""
         from actstore.capture.session import Instrumented
 
-        return [
-            Instrumented(
-                model, one.hooks, one.tokenizer, one.name, one.given() or model, one.parallel
+        found = []
+        for model, one in self._models.items():
+            given = one.given()
+            if given is None:  # without asking its truth: what is compiled has none
+                given = model
+            found.append(
+                Instrumented(model, one.hooks, one.tokenizer, one.name, given, one.parallel)
             )
-            for model, one in self._models.items()
-        ]
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         models = self._instrumented() if self._models else []

@@ -24,7 +24,8 @@ def cores(root: Path = _ROOT) -> int:
     root : Path
         Where the file systems ``proc`` and ``sys`` are mounted.
     """
-    found = len(os.sched_getaffinity(0))
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    found = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     for group in _groups(root, "cpu"):
         words = _text(group / "cpu.max").split() or [
             _text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")

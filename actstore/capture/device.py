@@ -40,24 +40,21 @@ def pinned(nbytes: int) -> NDArray[np.uint8]:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
 
 
-def _interface(device: torch.device) -> Any:
-    """Give PyTorch's module of streams and events of a device.
+def _check_graph(module: Any) -> None:
+    """Refuse a graph that is being captured: what its kernels copy is in no log when it runs.
 
     Raises
     ------
     CaptureError
-        A graph is being captured: what its kernels copy is in no log when it is replayed.
+        One is.
     """
-    module = torch.get_device_module(device)
-    capturing = getattr(module, "is_current_stream_capturing", None)
-    if capturing is not None and capturing():
+    if module.is_current_stream_capturing():
         msg = (
             "a CUDA graph is being captured inside of capture_activations: hooks don't run when "
             "it is replayed, so nothing of it would be in the log; run the model without CUDA "
             "graphs"
         )
         raise CaptureError(msg)
-    return module
 
 
 def late(tensor: Tensor, dtype: torch.dtype) -> tuple[NDArray[Any], Any]:
@@ -65,7 +62,8 @@ def late(tensor: Tensor, dtype: torch.dtype) -> tuple[NDArray[Any], Any]:
 
     The array's values are there once the event's ``synchronize`` returns.
     """
-    module = _interface(tensor.device)
+    module = torch.get_device_module(tensor.device)
+    _check_graph(module)
     with torch.inference_mode(False), torch.no_grad():
         pin = tensor.device.type == "cuda"
         host = torch.empty(tensor.shape, dtype=dtype, pin_memory=pin)
@@ -83,6 +81,8 @@ class _Twin:
     ----------
     memory : torch.Tensor
         uint8: as large as the arena.
+    views : dict of torch.dtype to torch.Tensor
+        The same memory as elements of a dtype.
     ranges : list of [start, stop]
         What of it was copied to.
     streams : list
@@ -92,6 +92,7 @@ class _Twin:
     """
 
     memory: Tensor
+    views: dict[torch.dtype, Tensor] = field(default_factory=dict)
     ranges: list[list[int]] = field(default_factory=list)
     streams: list[Any] = field(default_factory=list)
     event: Any = None
@@ -138,6 +139,7 @@ class Crossings:
         self.waited_seconds = 0.0
         self._twins: dict[torch.device, deque[_Twin]] = {}
         self._sides: dict[torch.device, Any] = {}
+        self._modules: dict[torch.device, Any] = {}
 
     def copier(self, tensor: Tensor) -> Callable[[Group, int, int, int], None]:
         """Give what copies a part of a tensor of a device into a group.
@@ -158,13 +160,29 @@ class Crossings:
         CaptureError
             A CUDA graph is being captured.
         """
-        stream = _interface(tensor.device).current_stream(tensor.device)
-        source = tensor.reshape(-1).view(torch.uint8)
+        device = tensor.device
+        module = self._modules.get(device)
+        if module is None:
+            module = self._modules[device] = torch.get_device_module(device)
+        _check_graph(module)
+        stream = module.current_stream(device)
 
         def copy(group: Group, offset: int, start: int, nbytes: int) -> None:
-            twin = self._twin(group, tensor.device)
+            crossing = group.crossing
+            twin = crossing.twins.get(device) if crossing is not None else None
+            if twin is None:
+                twin = self._twin(group, device)
             stop = offset + nbytes
-            twin.memory[offset:stop].copy_(source[start : start + nbytes])
+            if nbytes == tensor.nbytes:  # the fewest calls of PyTorch: each takes a microsecond
+                dtype = tensor.dtype
+                view = twin.views.get(dtype)
+                if view is None:
+                    view = twin.views[dtype] = twin.memory.view(dtype)
+                place = offset // tensor.itemsize
+                view.as_strided(tensor.shape, tensor.stride(), place).copy_(tensor)
+            else:
+                source = tensor.reshape(-1).view(torch.uint8)
+                twin.memory[offset:stop].copy_(source[start : start + nbytes])
             if stream not in twin.streams:
                 twin.streams.append(stream)
             last = twin.ranges[-1] if twin.ranges else None
@@ -182,25 +200,25 @@ class Crossings:
         return self._sides[device]
 
     def _twin(self, group: Group, device: torch.device) -> _Twin:
+        """Give a group the twin on a device that it hasn't got."""
         if group.crossing is None:
             group.crossing = Crossing(group.arena, self)
-        twins: dict[torch.device, _Twin] = group.crossing.twins
-        if device not in twins:
-            twins[device] = self._fresh(group.arena.nbytes, device)
-        return twins[device]
+        twin = group.crossing.twins[device] = self._fresh(group.arena.nbytes, device)
+        return twin
 
     def _fresh(self, nbytes: int, device: torch.device) -> _Twin:
         """Give a twin that nothing is in: the oldest, once it has crossed, or another one."""
         lent = self._twins.setdefault(device, deque())
         crossed = bool(lent) and lent[0].event is not None and lent[0].event.query()
         if len(lent) < _TWINS and not crossed:
-            with torch.inference_mode(False):
-                memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # whole elements of every dtype
+                memory = torch.empty(-(-nbytes // ALIGN) * ALIGN, dtype=torch.uint8, device=device)
+            twin = _Twin(memory)
         else:
             oldest = lent.popleft()
             began = time.monotonic()
             oldest.event.synchronize()
             self.waited_seconds += time.monotonic() - began
-            memory = oldest.memory
-        lent.append(_Twin(memory))
-        return lent[-1]
+            twin = _Twin(oldest.memory, oldest.views)
+        lent.append(twin)
+        return twin

@@ -336,6 +336,10 @@ def _runs(columns: _Columns, starts: Integers) -> NDArray[np.void]:
 
 def _renumber(runs: NDArray[np.void], shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Let runs name shapes by their place among those of their block, and give these."""
+    first = runs["shape"][0]
+    if (runs["shape"] == first).all():  # mostly
+        runs["shape"] = 0
+        return [shapes[first]]
     numbers, places = np.unique(runs["shape"], return_inverse=True)
     runs["shape"] = places
     return [shapes[number] for number in numbers.tolist()]

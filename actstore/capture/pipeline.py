@@ -95,9 +95,11 @@ class Pipeline:
             with ThreadPoolExecutor(self._stage.encoders, "actstore-codec") as pool:
                 while (group := self._stage.take()) is not None:
                     if self._stage.failure is None:
-                        # once the interpreter exits, a pool takes nothing more
-                        ends = not threading.main_thread().is_alive()
-                        each = map if ends else pool.map
+                        # to copy takes no more than one thread, and others would only take the
+                        # interpreter's lock from the model's; once the interpreter exits, a pool
+                        # takes nothing more
+                        alone = not self._codec or not threading.main_thread().is_alive()
+                        each = map if alone else pool.map
                         if group.crossing is not None:
                             group.crossing.arrive()
                         scratch = self._memory.take(self._stage.group_bytes)

@@ -3,7 +3,8 @@
 Run by ``.venv/bin/python tests/benchmarks/gpu.py`` on a machine that has one; ``--models``,
 ``--cases``, ``--rounds`` and ``--folder`` narrow it. Llamas of random bfloat16 weights, shaped as
 those of 1 and 8 billion parameters: a prefill of 8 × 512 tokens, and decoding of a batch of 16
-with a cache. The floor beside is what the device sends to pinned memory, and what the disk takes.
+with a cache. Two floors stand beside: "bare", hooks that copy on the device and do nothing else,
+and "disk", what is left if nothing but writing the bytes at the disk's own speed took time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -29,7 +31,9 @@ from speed_kept import CODECS, SITES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import actstore
+from actstore.capture.select import select
 from actstore.errors import ActstoreWarning
+from actstore.stream.direct import DirectFile
 
 #: Name -> hidden size, blocks, heads, heads of keys and values, MLP size, vocabulary.
 SHAPES = {
@@ -86,29 +90,48 @@ def rate(model: Any, phase: str) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-def floors(folder: Path) -> str:
-    """Say what the device sends to pinned memory, and what the disk takes."""
+def floors(folder: Path) -> tuple[float, float]:
+    """Measure what the device sends to pinned memory, and what the disk takes: bytes a second."""
     there = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     here = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
     here.copy_(there)
+    torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(8):
         here.copy_(there, non_blocking=True)
     torch.cuda.synchronize()
-    crossing = 8 * here.nbytes / (time.perf_counter() - began) / 1e9
+    crossing = 8 * here.nbytes / (time.perf_counter() - began)
     path = folder / "raw"
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:
-        for _ in range(4):
-            file.write(memoryview(here.numpy()))
+        direct = DirectFile(file.fileno())
+        for _ in range(16):
+            direct.write([memoryview(here.numpy())])
         os.fdatasync(file.fileno())
-    disk = 4 * here.nbytes / (time.perf_counter() - began) / 1e9
+    disk = 16 * here.nbytes / (time.perf_counter() - began)
     path.unlink()
-    return f"device to pinned memory {crossing:.1f} GB/s, buffered writes to disk {disk:.1f} GB/s"
+    return crossing, disk
+
+
+@contextmanager
+def bare(model: Any, sites: str) -> Iterator[None]:
+    """Let hooks copy what modules return on the device, to one place, and nothing else."""
+    hooks = actstore.HookConfig(target_layers=SITES[sites])
+    targets = select(model, actstore.HookGranularity.FULL_TENSOR, hooks)
+    memory = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
+
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple | dict) else output
+        memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    with ExitStack() as stack:
+        for target in targets:
+            stack.callback(target.module.register_forward_hook(hook).remove)
+        yield
 
 
 def row(
-    model: Any, name: str, phase: str, sites: str, codec: str, folder: Path, rounds: int
+    model: Any, phase: str, sites: str, codec: str, folder: Path, rounds: int, disk: float
 ) -> str:
     """Measure a line of the table."""
     config = actstore.InstrumentationConfig(
@@ -117,7 +140,7 @@ def row(
     framework = actstore.InstrumentationFramework(config)
     framework.instrument_model(model, actstore.HookConfig(target_layers=SITES[sites]))
     log = folder / "run.stream"
-    drained, passes = [], []
+    drained, passes, least, written = [], [], [], []
     said: Any = {}
     for number in range(rounds + 1):
         before = rate(model, phase)
@@ -126,16 +149,22 @@ def row(
             captured = rate(model, phase)
             within = time.perf_counter() - began
         whole = time.perf_counter() - began
+        with bare(model, sites):
+            copied = rate(model, phase)
         after = rate(model, phase)
         plain = (before + after) / 2
+        said = framework.summary
         if number:  # the first is what is allocated and compiled once
             passes.append(captured / plain)
             drained.append(captured / plain * within / whole)
-        said = framework.summary
+            least.append(copied / plain)
+            alone = within * captured / plain  # what the passes take without hooks
+            written.append(min(alone / (log.stat().st_size / disk), 1.0))
         log.unlink()
     waits = ", ".join(f"{cause} {took:.2f}" for cause, took in said["waited_by_cause"].items())
     return (
-        f"| {name} | {phase} | {sites} | {codec} | {median(drained):.3f} | {median(passes):.3f} | "
+        f"| {phase} | {sites} | {codec} | {median(drained):.3f} | {median(passes):.3f} | "
+        f"{median(least):.3f} | {median(written):.3f} | "
         f"{said['raw_bytes'] / 1e6:,.0f} | {said['sustained_gbps']:.2f} | {waits} |"
     )
 
@@ -153,16 +182,19 @@ def main(argv: Sequence[str]) -> None:
     warnings.simplefilter("ignore", ActstoreWarning)
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
-        print(f"{torch.cuda.get_device_name()}; {machine()}; {floors(folder)}\n")
+        crossing, disk = floors(folder)
         print(
-            "| model | phase | captured | codec | drained | passes | MB | GB/s | waited s |\n"
-            "|---|---|---|---|---|---|---|---|---|"
+            f"{torch.cuda.get_device_name()}; {machine()}; device to pinned memory "
+            f"{crossing / 1e9:.1f} GB/s, direct writes to disk {disk / 1e9:.1f} GB/s\n\n"
+            "| model | phase | captured | codec | drained | passes | bare | disk | MB | GB/s "
+            "| waited s |\n|---|---|---|---|---|---|---|---|---|---|---|"
         )
         for shape in given.models:
             model = load(shape)
             for case in product(PHASES, SITES, CODECS):
                 if any(set(wanted.split()) <= set(case) for wanted in given.cases):
-                    print(row(model, shape, *case, folder, given.rounds), flush=True)
+                    line = row(model, *case, folder, given.rounds, disk)
+                    print(f"| {shape} {line}", flush=True)
             del model
             torch.cuda.empty_cache()
 

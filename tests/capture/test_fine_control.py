@@ -1133,9 +1133,9 @@ def test_attention_weights_are_not_taken_for_rows_where_heads_are_as_many(log: P
 def test_models_whose_hooks_keep_different_things_are_refused(
     field: str, values: tuple[Any, Any], log: Path
 ) -> None:
-    one = framework()
-    for value in values:
-        one.instrument_model(sequential(), HookConfig(**{field: value}))
+    one, models = framework(), [sequential() for _ in values]
+    for model, value in zip(models, values, strict=True):
+        one.instrument_model(model, HookConfig(**{field: value}))
     with (
         pytest.raises(ConfigError, match=f"same HookConfig.{field}"),
         one.capture_activations(log),
