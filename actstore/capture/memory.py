@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 __all__ = ["Memory"]
 
 #: Pieces of each size that outlive a capture: as many as one that keeps up uses in turn.
-_KEPT: Final = 2
+_KEPT: Final = 4
 
 
 class Memory:
