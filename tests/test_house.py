@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -96,3 +97,20 @@ def test_no_tracked_file_names_the_machine_it_was_written_on() -> None:
         and _ELSEWHERE.search(path.read_bytes())
     }
     assert not named
+
+
+SCRIPTS = sorted(
+    path
+    for folder in ("acceptance", "benchmarks")
+    for path in (ROOT / "tests" / folder).glob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_scripts_that_no_test_runs_import_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "actstore":
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                if not hasattr(module, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")

@@ -27,8 +27,8 @@ from machine import machine
 
 from actstore import codecs
 from actstore.capture.memory import Memory
-from actstore.capture.pipeline import ENCODERS
 from actstore.errors import ActstoreWarning
+from actstore.machine import cores
 from actstore.stream.direct import DirectFile
 from actstore.stream.records import crc32c
 
@@ -75,7 +75,7 @@ def floor(data: np.ndarray, codec: str, folder: Path) -> tuple[float, dict[str, 
     encoded: list[np.ndarray] = []
 
     def encode() -> None:
-        with ThreadPoolExecutor(ENCODERS) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             found = pool.map(
                 lambda at: codecs.encode(number, pieces[at], 2, outs[at])[1], range(len(pieces))
             )
