@@ -100,9 +100,7 @@ def test_no_tracked_file_names_the_machine_it_was_written_on() -> None:
 
 
 SCRIPTS = sorted(
-    path
-    for folder in ("acceptance", "benchmarks")
-    for path in (ROOT / "tests" / folder).glob("*.py")
+    path for name in ("acceptance", "benchmarks") for path in (ROOT / "tests" / name).glob("*.py")
 )
 
 
