@@ -42,6 +42,15 @@ _PIECE: Final = 1 << 20  # values that are decoded at a time
 _helpers = threading.Semaphore(machine.cores())
 
 
+def _forked() -> None:
+    """Begin anew: threads that hold some of them, or are about to, aren't in a fork."""
+    global _helpers
+    _helpers = threading.Semaphore(machine.cores())
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class Rows(Protocol):
     """The rows of an array of values, of whatever container."""
 
