@@ -235,7 +235,7 @@ def existing(path: str | os.PathLike[str], asked: str) -> Path:
     return place
 
 
-def unreadable(path: Path, error: OSError) -> ConfigError:
+def unreadable(path: object, error: OSError) -> ConfigError:
     """Give the error of a file that is there, and can't be opened."""
     return ConfigError(f"{path} can't be read: {error}; mend that, or give another path")
 

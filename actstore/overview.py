@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 from actstore import files, hdf5
 from actstore.archive.root import read_attributes
-from actstore.archive.zipped import ZipPath, is_zip
+from actstore.archive.zipped import ZipPath, is_zip, size_of
 from actstore.buckets import RemotePath, place_of
 from actstore.errors import ConfigError, FormatError
 from actstore.stream import summary
@@ -125,7 +125,7 @@ class Overview:
         found = archive_root(place)
         if found is not None:
             kind, said = found
-            return cls._of_archive(place, kind, said, _size(place))
+            return cls._of_archive(place, kind, said, size_of(place))
         with open_stream(place, errors="skip") as reader:
             return cls._of_log(place, reader)
 
@@ -213,14 +213,6 @@ def archive_root(place: Path | RemotePath) -> tuple[str, Mapping[str, Any]] | No
         with Hdf5Archive(place) as archive:
             return "HDF5", archive.root["attributes"]
     return None
-
-
-def _size(place: Path | RemotePath) -> int:
-    """Give the bytes of all files of an archive."""
-    if isinstance(place, RemotePath):
-        return sum(one.size for one in place.listed())
-    below = place.rglob("*") if place.is_dir() else [place]
-    return sum(one.stat().st_size for one in below if one.is_file())
 
 
 def _counts(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _verify_archive(
     check_identity(folder)
     check = ArchiveCheck(folder)
     if progress is not None:
-        size = _size(folder)
+        size = zipped.size_of(folder)
         check.progress = lambda done: progress(min(done, size), size)
     found = [Damaged(one.where, -1, one.reason) for one in check.findings()]
     if logs is not None:
@@ -214,14 +214,6 @@ def _verify_archive(
         found += [Damaged(where, -1, reason) for where, reason in compared]
     path = folder.file if isinstance(folder, ZipPath) else folder
     return Report(path, "archive", tuple(found), dict(check.checked), check.nbytes, complete=True)
-
-
-def _size(folder: Place) -> int:
-    if isinstance(folder, ZipPath):
-        return sum(one.size for one in folder.members.values())
-    if isinstance(folder, RemotePath):
-        return sum(one.size for one in folder.listed())
-    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
 
 
 def _verify_zip(

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import crc32c as castagnoli
 
+from actstore import files
 from actstore.archive.zipped import Place
 from actstore.buckets import RemotePath
 from actstore.errors import ConfigError, FormatError, UnsupportedVersionError
@@ -75,8 +76,7 @@ def read_root(path: Place) -> dict[str, Any]:
     try:
         data = _read_json(path / "zarr.json")
     except PermissionError as error:
-        msg = f"{path} can't be read: {error}; mend that, or give another path"
-        raise ConfigError(msg) from error
+        raise files.unreadable(path, error) from error
     except FileNotFoundError as error:
         msg = f"{path} is no archive of actstore: it has no zarr.json"
         raise FormatError(msg) from error

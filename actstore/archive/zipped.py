@@ -25,7 +25,16 @@ from typing import IO, Any, Final, NamedTuple
 from actstore.buckets import RemotePath
 from actstore.errors import FormatError
 
-__all__ = ["Place", "ZipPath", "is_zip", "member_names", "pack", "read_at", "unexpected"]
+__all__ = [
+    "Place",
+    "ZipPath",
+    "is_zip",
+    "member_names",
+    "pack",
+    "read_at",
+    "size_of",
+    "unexpected",
+]
 
 _LOCAL: Final = struct.Struct("<4s5H3I2H")
 _CENTRAL: Final = struct.Struct("<4s6H3I5H2I")
@@ -295,6 +304,16 @@ class ZipPath:
 
 #: Where an archive, or something in it, is.
 Place = Path | ZipPath | RemotePath
+
+
+def size_of(place: Place) -> int:
+    """Give the bytes of all files of an archive, or of the one that it is."""
+    if isinstance(place, ZipPath):
+        return sum(one.size for one in place.members.values())
+    if isinstance(place, RemotePath):
+        return sum(one.size for one in place.listed())
+    below = place.rglob("*") if place.is_dir() else [place]
+    return sum(one.stat().st_size for one in below if one.is_file())
 
 
 def read_at(file: Any, length: int, offset: int) -> bytes:

@@ -40,14 +40,15 @@ def pinned(nbytes: int) -> NDArray[np.uint8]:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
 
 
-def _check_graph(module: Any) -> None:
-    """Refuse a graph that is being captured: what its kernels copy is in no log when it runs.
+def _interface(device: torch.device) -> Any:
+    """Give PyTorch's module of streams and events of a device.
 
     Raises
     ------
     CaptureError
-        One is.
+        A graph is being captured: what its kernels copy is in no log when it is replayed.
     """
+    module = torch.get_device_module(device)
     if module.is_current_stream_capturing():
         msg = (
             "a CUDA graph is being captured inside of capture_activations: hooks don't run when "
@@ -55,6 +56,7 @@ def _check_graph(module: Any) -> None:
             "graphs"
         )
         raise CaptureError(msg)
+    return module
 
 
 def late(tensor: Tensor, dtype: torch.dtype) -> tuple[NDArray[Any], Any]:
@@ -62,8 +64,7 @@ def late(tensor: Tensor, dtype: torch.dtype) -> tuple[NDArray[Any], Any]:
 
     The array's values are there once the event's ``synchronize`` returns.
     """
-    module = torch.get_device_module(tensor.device)
-    _check_graph(module)
+    module = _interface(tensor.device)
     with torch.inference_mode(False), torch.no_grad():
         pin = tensor.device.type == "cuda"
         host = torch.empty(tensor.shape, dtype=dtype, pin_memory=pin)
@@ -139,7 +140,6 @@ class Crossings:
         self.waited_seconds = 0.0
         self._twins: dict[torch.device, deque[_Twin]] = {}
         self._sides: dict[torch.device, Any] = {}
-        self._modules: dict[torch.device, Any] = {}
 
     def copier(self, tensor: Tensor) -> Callable[[Group, int, int, int], None]:
         """Give what copies a part of a tensor of a device into a group.
@@ -161,17 +161,10 @@ class Crossings:
             A CUDA graph is being captured.
         """
         device = tensor.device
-        module = self._modules.get(device)
-        if module is None:
-            module = self._modules[device] = torch.get_device_module(device)
-        _check_graph(module)
-        stream = module.current_stream(device)
+        stream = _interface(device).current_stream(device)
 
         def copy(group: Group, offset: int, start: int, nbytes: int) -> None:
-            crossing = group.crossing
-            twin = crossing.twins.get(device) if crossing is not None else None
-            if twin is None:
-                twin = self._twin(group, device)
+            twin = self._twin(group, device)
             stop = offset + nbytes
             if nbytes == tensor.nbytes:  # the fewest calls of PyTorch: each takes a microsecond
                 dtype = tensor.dtype
@@ -200,11 +193,12 @@ class Crossings:
         return self._sides[device]
 
     def _twin(self, group: Group, device: torch.device) -> _Twin:
-        """Give a group the twin on a device that it hasn't got."""
         if group.crossing is None:
             group.crossing = Crossing(group.arena, self)
-        twin = group.crossing.twins[device] = self._fresh(group.arena.nbytes, device)
-        return twin
+        twins: dict[torch.device, _Twin] = group.crossing.twins
+        if device not in twins:
+            twins[device] = self._fresh(group.arena.nbytes, device)
+        return twins[device]
 
     def _fresh(self, nbytes: int, device: torch.device) -> _Twin:
         """Give a twin that nothing is in: the oldest, once it has crossed, or another one."""
