@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from actstore.capture.device import Crossings
-from actstore.capture.outputs import Choice, LayerState, Live, Outputs, first_tensor, tensors_of
+from actstore.capture.outputs import Choice, LayerState, Outputs, first_tensor, tensors_of
 from actstore.capture.passes import (
-    UNKNOWN,
     Entries,
     Fed,
     FedAxis,
@@ -45,6 +44,8 @@ from actstore.packet import MAIN_AXES, Axis, LayerInfo
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")  # how a module's attributes begin
 _STATE: Final = 2  # its place in what an object is reduced to
+#: Bound here, since between two tokens every look into a large module costs.
+_identify, _in_backward = threading.get_ident, torch._C._current_graph_task_id
 _forks = 0  # of this process from the one that imported this
 _attached: weakref.WeakSet[Hooks] = weakref.WeakSet()
 
@@ -53,7 +54,7 @@ def _forked() -> None:
     global _forks
     _forks += 1
     for hooks in _attached:
-        hooks._live.thread = 0
+        hooks._outputs.live.thread = 0
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -124,10 +125,11 @@ class Hooks:
         flush_at_pass_end: bool = True,
     ) -> None:
         self.recomputed = 0
-        self._live = Live()
         self.last_pass = next_pass - 1
         self.first_pass = next_pass
         self._stage = stage
+        self._first_packet = stage.packets
+        self._slow_seconds = 0.0
         self._entries = entries
         self._stacks = stacks
         self._forks = _forks
@@ -155,7 +157,7 @@ class Hooks:
         self._waiting: set[str] = set()
         self._handles: list[Any] = []
         self._returning: dict[nn.Module, LayerState] = {}
-        self._hook = self._outputs.hook(self._returning, self._live, self._returned)
+        self._hook = self._outputs.hook(self._returning, self._returned)
 
     # -- attaching ------------------------------------------------------------------------------
 
@@ -197,7 +199,7 @@ class Hooks:
     ) -> None:
         self._remove()
         _attached.discard(self)
-        self._live.thread = 0
+        self._outputs.live.thread = 0
         if self.forked:
             return
         if self._pass is not None:
@@ -238,7 +240,7 @@ class Hooks:
                     target = self._modules[layer.info.name]
                     another = self._layer(f"{target.name}#{place}", target, place)
                     self._fired(another, args, tensor)
-        layer.slow_seconds += time.perf_counter() - began
+        self._slow_seconds += time.perf_counter() - began
         self._stop_if_done(module)
 
     def _layer(self, name: str, target: Target, place: int = 0) -> LayerState:
@@ -277,7 +279,7 @@ class Hooks:
 
     def never_fired(self) -> list[str]:
         """Give the names of the layers that gave no packet in this capture."""
-        return [name for name, layer in self._layers.items() if not layer.fired and not layer.kept]
+        return [name for name, layer in self._layers.items() if not layer.fired]
 
     @property
     def skipped(self) -> Counter[str]:
@@ -285,14 +287,16 @@ class Hooks:
         return self._outputs.skipped
 
     @property
-    def layers(self) -> Iterable[LayerState]:
-        """The layers that were hooked, and those that came of their further outputs."""
-        return self._layers.values()
-
-    @property
     def packets(self) -> int:
         """Packets of this capture so far."""
-        return sum(layer.kept for layer in self._layers.values())
+        return self._stage.packets - self._first_packet
+
+    @property
+    def seconds(self) -> float:
+        """How long all hooks of layers took, as those of one pass in eight say."""
+        live, slow = self._outputs.live, self._outputs.slow
+        each = live.seconds / max(live.firings, 1)
+        return self._slow_seconds + each * (self.packets - slow)
 
     # -- passes ---------------------------------------------------------------------------------
 
@@ -304,7 +308,7 @@ class Hooks:
     def _enter_pass(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if torch._C._current_graph_task_id() != -1 or self._forks != _forks:
+        if _in_backward() != -1 or self._forks != _forks:
             return
         name, axis = self._entries.names[module]
         self._check_thread(name)
@@ -317,11 +321,11 @@ class Hooks:
                 self._close_pass(aborted=self._entries.interrupted)
             self._open_pass(name, axis, arguments)
         else:
-            self._add_axes(read_axes(axis, arguments), arguments)
+            self._add_axes(read_axes(axis, arguments))
 
     def _leave_pass(self, module: nn.Module, _args: Any, output: Any) -> None:
-        elsewhere = threading.get_ident() != self._thread or self._forks != _forks
-        if torch._C._current_graph_task_id() != -1 or elsewhere:
+        elsewhere = _identify() != self._thread or self._forks != _forks
+        if _in_backward() != -1 or elsewhere:
             return  # a second thread was refused: its failing forward is not the pass that runs
         if self._entries.leave(module) and self._pass is not None:
             if self._pass.annotations and isinstance(output, Mapping):
@@ -333,12 +337,12 @@ class Hooks:
         """Give what says how many rows a stack has, where its model was fed no tokens."""
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inside = self._pass is not None and torch._C._current_graph_task_id() == -1
+            inside = self._pass is not None and _in_backward() == -1
             inside = inside and self._forks == _forks
-            if inside and threading.get_ident() == self._thread and not self._has_axis(axis):
+            if inside and _identify() == self._thread and not self._has_axis(axis):
                 given = {str(place): one for place, one in enumerate(args)} | kwargs
                 rows = read_rows(axis, given)
-                self._add_axes((rows,) if rows else (), {})
+                self._add_axes((rows,) if rows else ())
 
         return hook
 
@@ -348,30 +352,27 @@ class Hooks:
                 return True
         return False
 
-    def _count(self, axis: FedAxis, arguments: Mapping[str, Any]) -> None:
+    def _count(self, axis: FedAxis) -> None:
         """Give rows behind a cache that can't say how much it holds the next positions."""
-        cache = cache_of(arguments)
-        known = axis.positions is not None or axis.before != UNKNOWN
-        if cache is None or (known and hasattr(cache, "get_seq_length")):  # it says it itself
-            return
-        if not hasattr(cache, "__weakref__") or not isinstance(cache, Hashable):
+        cache, axis.silent = axis.silent, None
+        if cache is None or not hasattr(cache, "__weakref__") or not isinstance(cache, Hashable):
             return
         before = self._fed.get(cache, 0)
         self._fed[cache] = before + axis.sequence
-        if not known:
+        if axis.positions is None:
             axis.before = before
 
-    def _add_axes(self, axes: tuple[FedAxis, ...], arguments: Mapping[str, Any]) -> None:
+    def _add_axes(self, axes: tuple[FedAxis, ...]) -> None:
         if axes and self._pass is not None:
             for axis in axes:
-                self._count(axis, arguments)
+                self._count(axis)
             found = (*self._pass.axes, *self._outputs.choose(axes))
             self._pass.axes = tuple(sorted(found, key=lambda axis: axis.name in MAIN_AXES))
             self._stage.update_pass(self._pass, self._new_texts(self._pass.axes))
 
     def _open_pass(self, entry: str, axis: str, arguments: Mapping[str, Any]) -> None:
         annotations, self._annotations = self._annotations, {}
-        self._thread = threading.get_ident()
+        self._thread = _identify()
         try:
             axes, keep = read_inputs(
                 self.last_pass + 1, axis, arguments, annotations, deferred=bool(self._stacks)
@@ -384,14 +385,14 @@ class Hooks:
             self._label(cache_of(arguments), annotations)
         self._outputs.begin_pass()
         for one in axes:
-            self._count(one, arguments)
+            self._count(one)
         kept = self._outputs.choose(axes)
         fed = Fed(self.last_pass + 1, kept, annotations, entry, keep)
         self._waiting = set(self.names) if self._choice.stop else set()
         self._stage.begin_pass(fed, self._new_texts(fed.axes))
         self.last_pass = fed.index
         self._pass = fed
-        self._live.thread = self._thread if self._choice.plain else 0
+        self._outputs.live.thread = self._thread if self._choice.plain else 0
 
     def _label(self, what: Any, labels: Mapping[str, list[Any]]) -> None:
         """Keep the labels of the batch items that a cache, or what an encoder gave, is of."""
@@ -414,7 +415,6 @@ class Hooks:
     def _close_pass(self, *, aborted: bool) -> None:
         assert self._pass is not None  # noqa: S101 - callers asked
         index, self._pass = self._pass.index, None
-        self._live.thread = 0
         self._outputs.end_pass()
         # a failure has surfaced already, or will at the end; what a signal's handler raised while
         # the hooks were taken away may have closed the stage before
@@ -450,7 +450,7 @@ class Hooks:
     # -- layers ---------------------------------------------------------------------------------
 
     def _fired(self, layer: LayerState, args: Any, tensor: Tensor | None) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if _in_backward() != -1:
             self.recomputed += 1  # checkpointing runs the forward again in backward
             return
         if self._forks != _forks:
@@ -488,7 +488,7 @@ class Hooks:
             raise _Stop
 
     def _check_thread(self, name: str) -> None:
-        if self._entries.inside and threading.get_ident() != self._thread:
+        if self._entries.inside and _identify() != self._thread:
             msg = (
                 f"layer {name!r} fired in a second thread while pass {self.last_pass} runs in "
                 "another; run one forward of the captured models at a time"

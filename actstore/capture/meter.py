@@ -5,22 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
-__all__ = ["Meter", "share_in_hooks"]
+__all__ = ["Meter"]
 
 _log = logging.getLogger("actstore")
 PROGRESS_SECONDS: Final = 5.0
 _PEAK_SECONDS: Final = 1.0
-
-
-class _Layer(Protocol):
-    kept: int
-    timed: int
-    seconds: float
-    slow: int
-    slow_seconds: float
 
 
 class Meter:
@@ -124,13 +116,3 @@ class Meter:
             "waited_seconds": sum(waited.values()),
             "waited_by_cause": dict(waited),
         }
-
-
-def share_in_hooks(layers: Iterable[_Layer], seconds: float) -> float:
-    """Give what share of a run its hooks took, from the firings that were timed: one in eight."""
-    found = 0.0
-    for layer in layers:
-        fast = layer.kept - layer.slow
-        found += layer.slow_seconds
-        found += layer.seconds / layer.timed * fast if layer.timed else 0.0
-    return min(found / max(seconds, 1e-9), 1.0)

@@ -6,6 +6,7 @@ Which modules are hooked and when a pass runs is ``hooks.py``'s business, the co
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 import weakref
@@ -29,7 +30,10 @@ from actstore.stream.records import Features
 
 __all__ = ["Choice", "LayerState", "Live", "Outputs", "Sampling", "first_tensor", "tensors_of"]
 
+#: The hooks of one pass in eight are timed; of the first most are slow.
 _TIMED = 7
+#: Bytes of a tensor that may be held for a while after its module gave it.
+_SMALL = 32 << 10
 _CODES: dict[torch.dtype, int] = {
     getattr(torch, name): entry.code
     for name, entry in dtypes.BY_NAME.items()
@@ -110,11 +114,14 @@ class Form:
         Their shape.
     nbytes : int
         Bytes of one of them.
+    small : bool
+        One of them may be held until the next is staged.
     """
 
     dtype: torch.dtype
     shape: torch.Size
     nbytes: int
+    small: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -127,37 +134,62 @@ class LayerState:
         What it is.
     described : bool
         The log says so.
-    fired, kept : int
-        Firings that gave a tensor but not by the fast way, and packets in all.
-    timed, seconds : int, float
-        Of the packets that came by the fast way, those that were timed, and how long they took.
-    slow, slow_seconds : int, float
-        The packets that came otherwise, and how long all firings took that did.
-    form, kind
-        Of the plain packet that it gave last; None, 0 before the first.
+    form : Form or None
+        Of the plain tensor that it gave last; None before the first.
+    kind, alias : int
+        The numbers of the kinds of its packets like the last, of those that have values and of
+        aliases; -1 where there was none yet.
+    fired : int
+        Firings that gave a tensor but not by the fast way: the first of every form.
     """
 
     info: LayerInfo
     described: bool
-    fired: int = 0
-    kept: int = 0
-    timed: int = 0
-    seconds: float = 0.0
-    slow: int = 0
-    slow_seconds: float = 0.0
     form: Form | None = None
-    kind: int = 0
+    kind: int = -1
+    alias: int = -1
+    fired: int = 0
+
+
+#: What tells whether a tensor is as it was when it was staged: version, form, address, rows' axis.
+_State = tuple[int | None, Form, int, str]
 
 
 @dataclass(slots=True, eq=False)
 class Live:
-    """The thread whose pass runs, where whole tensors are kept as they come; else 0."""
+    """What the fast way knows of the pass that runs.
+
+    Attributes
+    ----------
+    thread : int
+        In which it runs, where whole tensors are kept as they come; else 0.
+    inference : bool
+        It runs under ``inference_mode``: its tensors have no version.
+    timed : bool
+        What is kept by the fast way is timed.
+    firings, seconds : int, float
+        How much that was in all passes, and how long it took.
+    tensor : torch.Tensor or None
+        That which was staged last, if it is small: held until the next is.
+    seq, state
+        Its packet's, and what it was like.
+    """
 
     thread: int = 0
+    inference: bool = False
+    timed: bool = False
+    firings: int = 0
+    seconds: float = 0.0
+    tensor: Tensor | None = None
+    seq: int = -1
+    state: _State | None = None
 
 
-#: What tells whether a tensor is as it was when it was staged.
-_State = tuple[int | None, Form, int, str]
+def _references() -> int:
+    """Give how many references there are to a tensor that nobody has but `Live` and who asks."""
+    live = Live(tensor=torch.empty(0))
+    last = live.tensor
+    return sys.getrefcount(last)
 
 
 class Outputs:
@@ -178,8 +210,10 @@ class Outputs:
     ----------
     skipped : collections.Counter
         "layer: why" -> how often an output couldn't be captured.
-    inference : bool
-        The pass runs under ``inference_mode``: its tensors have no version.
+    live : Live
+        What the fast way knows of the pass that runs.
+    slow : int
+        How many packets came otherwise.
     """
 
     def __init__(
@@ -190,7 +224,9 @@ class Outputs:
         crossings: Crossings | None = None,
     ) -> None:
         self.skipped: Counter[str] = Counter()
-        self.inference = False
+        self.live = Live()
+        self.slow = 0
+        self._passes = 0
         self._stage = stage
         self._crossings = crossings or Crossings()
         self._choice = choice
@@ -198,17 +234,22 @@ class Outputs:
         self._written_widths = set(known_widths or ())
         self._kept: dict[int, Tensor] = {}
         self._forms: dict[tuple[torch.dtype, torch.Size], Form] = {}
-        self._seen: dict[int, tuple[weakref.ref[Tensor], int, *_State]] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, _State | None]] = {}
         self._chosen: dict[str, tuple[Axis, Axis, NDArray[np.int64]]] = {}
 
     def begin_pass(self) -> None:
         """Forget what the pass before kept."""
+        live = self.live
+        live.inference = torch.is_inference_mode_enabled()
+        live.timed = self._passes & _TIMED == 1
+        live.tensor = None
+        self._passes += 1
         self._seen.clear()
         self._chosen = {}
-        self.inference = torch.is_inference_mode_enabled()
 
     def end_pass(self) -> None:
         """Let go of what the pass gave."""
+        self.live.thread, self.live.tensor = 0, None
         self._seen.clear()
 
     def choose(self, axes: tuple[FedAxis, ...]) -> tuple[FedAxis | Axis, ...]:
@@ -225,7 +266,6 @@ class Outputs:
     def hook(
         self,
         layers: Mapping[nn.Module, LayerState],
-        live: Live,
         otherwise: Callable[[nn.Module, Any, Any], None],
     ) -> Callable[..., None]:
         """Give the forward hook of all modules: it keeps a tensor like the one before.
@@ -234,27 +274,28 @@ class Outputs:
         line costs, and so does every object that isn't that of the module before, too. What is
         anything else goes on to ``otherwise``, before anything is done.
 
+        Of a small tensor that was staged no reference is kept for the rest of the pass but where
+        somebody else still has it when the next one comes: most are gone by then.
+
         Parameters
         ----------
         layers : mapping of torch.nn.Module to LayerState
             The layer that a module's output is; of one that isn't there nothing is kept.
-        live : Live
-            In which thread tensors are kept as they come.
         otherwise : callable
             Takes a module, its arguments and its output.
         """
-        seen, put, reference = self._seen, self._stage.put, weakref.ref
+        live, seen, put, again = self.live, self._seen, self._stage.put, self._put_again
         put_from, copier = self._stage.put_from, self._crossings.copier
         identify, in_backward = threading.get_ident, torch._C._current_graph_task_id
-        clock, find = time.perf_counter, layers.get
+        clock, find, reference = time.perf_counter, layers.get, weakref.ref
+        references, alone = sys.getrefcount, _references()
 
         def fired(module: nn.Module, args: Any, output: Any) -> None:
             layer = find(module)
             if layer is None:  # a copy of a model whose hooks were copied, too
                 return None
             form = layer.form
-            # one in eight is timed; the first has come otherwise
-            began = clock() if layer.kept & _TIMED == 1 else 0.0
+            began = clock() if live.timed else 0.0
             tensor = output[0] if type(output) is tuple and output else output
             try:
                 if (
@@ -269,23 +310,27 @@ class Outputs:
                     or in_backward() != -1
                 ):
                     return otherwise(module, args, output)
-                known = seen.get(id(tensor))
-                if known is not None and known[0]() is not None:
-                    return otherwise(module, args, output)
-                version = None if self.inference else tensor._version
+                version = None if live.inference else tensor._version
                 address = tensor.data_ptr()
             except RuntimeError:  # it has none
                 return otherwise(module, args, output)
-            if on_host:
-                seq = put(layer.kind, form.nbytes, address)
-            else:
-                seq = put_from(layer.kind, form.nbytes, copier(tensor.detach()))
-            layer.kept += 1
-            # the packet's state, as _state has it, in one tuple with the rest
-            seen[id(tensor)] = (reference(tensor), seq, version, form, address, "")
+            last, state = live.tensor, (version, form, address, "")
+            known = tensor is last or id(tensor) in seen
+            if not known or not again(layer, tensor, state):
+                if on_host:
+                    seq = put(layer.kind, form.nbytes, address)
+                else:
+                    seq = put_from(layer.kind, form.nbytes, copier(tensor.detach()))
+                if last is not None and references(last) > alone:
+                    seen[id(last)] = (reference(last), live.seq, live.state)
+                if form.small:
+                    live.tensor, live.seq, live.state = tensor, seq, state
+                else:
+                    live.tensor = None
+                    seen[id(tensor)] = (reference(tensor), seq, state)
             if began:
-                layer.seconds += clock() - began
-                layer.timed += 1
+                live.seconds += clock() - began
+                live.firings += 1
             return None
 
         return fired
@@ -305,8 +350,7 @@ class Outputs:
         if self._sampling is not None and kept.ndim:
             width = kept.shape[-1]
             kept = kept.index_select(-1, self._features(width, kept.device))
-        staged = takes(kept.device)  # on the device
-        if not staged and not kept.is_cpu:
+        if not kept.is_cpu and not takes(kept.device):
             kept = kept.cpu()
         plain = kept.resolve_conj().resolve_neg().contiguous()
         if not layer.described:
@@ -314,20 +358,17 @@ class Outputs:
             layer.described = True
         state = self._state(tensor, axis)
         kind = Kind(layer.info.id, _CODES[tensor.dtype], tuple(plain.shape), plain.nbytes, width)
-        known = self._alias(tensor, state)
-        if known is not None:
-            self._stage.put_alias(self._stage.kind(kind._replace(nbytes=0, form=ALIAS)), known)
-        else:
-            number = self._stage.kind(kind)
-            if staged:
-                seq = self._stage.put_from(number, plain.nbytes, self._crossings.copier(plain))
-            else:
-                seq = self._stage.put(number, plain.nbytes, plain.data_ptr())
-            self._seen[id(tensor)] = (weakref.ref(tensor), seq, *state)
-            if self._choice.plain and not tensor.dtype.is_complex:
-                layer.form, layer.kind = state[1], number
-        layer.kept += 1
-        layer.slow += 1
+        number = self._stage.kind(kind)
+        if number != layer.kind:
+            layer.kind, layer.alias = number, -1
+        if not self._put_again(layer, tensor, state):
+            seq = self._put(number, plain)
+            if tensor is self.live.tensor:
+                self.live.tensor = None
+            self._seen[id(tensor)] = (weakref.ref(tensor), seq, state)
+        like = self._choice.plain and not tensor.dtype.is_complex
+        layer.form = state[1] if like else None
+        self.slow += 1
 
     def can_keep(self, layer: LayerState, tensor: Tensor) -> bool:
         """Whether a tensor is one that can be kept; note it where not."""
@@ -371,27 +412,42 @@ class Outputs:
         return (picked.flatten(0, 1) if axis.flat else picked), name
 
     def _state(self, tensor: Tensor, axis: str) -> _State:
-        version = None if tensor.is_inference() or self.inference else tensor._version
+        unversioned = tensor.is_inference() or self.live.inference
+        version = None if unversioned else tensor._version
         about = (tensor.dtype, tensor.shape)
         form = self._forms.get(about)
         if form is None:
-            form = self._forms[about] = Form(*about, tensor.numel() * tensor.itemsize)
+            nbytes = tensor.numel() * tensor.itemsize
+            form = self._forms[about] = Form(*about, nbytes, nbytes < _SMALL)
         return (version, form, tensor.data_ptr(), axis)
 
-    def _alias(self, tensor: Tensor, state: _State) -> int | None:
-        """Give the seq of the packet of this pass that holds this very tensor, unchanged.
+    def _put(self, kind: int, plain: Tensor) -> int:
+        if takes(plain.device):  # staged on the device
+            return self._stage.put_from(kind, plain.nbytes, self._crossings.copier(plain))
+        return self._stage.put(kind, plain.nbytes, plain.data_ptr())
+
+    def _put_again(self, layer: LayerState, tensor: Tensor, state: _State) -> bool:
+        """Stage an alias, if a packet of this pass holds this very tensor, unchanged.
 
         It is known by being the same Python object, never by its address: the allocator uses
         addresses again. The entry of an object that is gone can't match, since its weak
         reference is dead. Assigning ``.data`` changes no version: it shows in the rest.
         """
-        known = self._seen.get(id(tensor))
-        if known is not None:
-            reference, seq, *then = known
-            same = reference() is tensor and tuple(then) == state
-            if same and (state[0] is not None or self._unchanged(tensor, seq)):
-                return seq
-        return None
+        live = self.live
+        if tensor is live.tensor:
+            seq, then = live.seq, live.state
+        else:
+            known = self._seen.get(id(tensor))
+            if known is None or known[0]() is not tensor:
+                return False
+            _, seq, then = known
+        if then != state or (state[0] is None and not self._unchanged(tensor, seq)):
+            return False
+        if layer.alias < 0:
+            kind = self._stage.kinds[layer.kind]
+            layer.alias = self._stage.kind(kind._replace(nbytes=0, form=ALIAS))
+        self._stage.put_alias(layer.alias, seq)
+        return True
 
     def _unchanged(self, tensor: Tensor, seq: int) -> bool:
         """Compare a tensor that has no version with its staged copy, byte for byte."""

@@ -50,10 +50,9 @@ _OF_DECODER: Final = "decoder_"
 _OF_CACHE: Final = (*CACHES, "cache_position")
 #: Integers that are no token ids.
 _NO_IDS: Final = re.compile(r"(mask|position|label|type|index|length)")
+_POSITIONS: Final = ("position_ids", "cache_position")
 _TOKEN_NDIM: Final = 2
 _FEW: Final = 16
-#: What arguments mostly are, and is no mapping: to ask of each is slow.
-_PLAIN: Final = (Tensor, bool, int, type(None))
 
 
 @dataclass(slots=True, eq=False)
@@ -68,10 +67,12 @@ class FedAxis:
         int64 [batch, sequence]; None where none were given.
     mask : numpy.ndarray or None
         bool [batch, sequence]; None where none was given.
-    positions : numpy.ndarray or None
+    positions : numpy.ndarray, list or None
         int64, as many as the sequence has, or of each row; None where none were given.
     before : int
         Else: how many positions came before the first, or `UNKNOWN`.
+    silent : object or None
+        The cache that they came into, where it doesn't say how many it holds.
     events : list
         Behind the copies that come from a device: the arrays are good once these have passed.
     """
@@ -80,9 +81,10 @@ class FedAxis:
     batch: int
     sequence: int
     ids: NDArray[np.int64] | list[list[int]] | None = None
-    positions: NDArray[np.int64] | None = None
+    positions: NDArray[np.int64] | list[list[int]] | None = None
     mask: NDArray[np.bool_] | None = None
     before: int = 0
+    silent: Any = None
     flat: bool = False
     events: list[Any] = field(default_factory=list)
 
@@ -101,6 +103,7 @@ class FedAxis:
             positions = np.full(shape, UNKNOWN, np.int64)
         elif positions is None:
             positions = np.arange(self.before, self.before + self.sequence)
+        positions = np.asarray(positions, np.int64)
         if positions.size != self.rows:
             positions = np.broadcast_to(positions, shape).copy()
         return Axis(
@@ -252,10 +255,11 @@ def _fed_axis(name: str, arguments: Mapping[str, Any], *, guess: bool = True) ->
     if ids is not None:
         axis.ids = few or _copied(ids, torch.int64, axis.events)
     axis.positions = _positions(arguments, shape, axis.events)
-    if axis.positions is None:
-        before = _cached_length(arguments)
-        axis.before = UNKNOWN if before is None else before
-    axis.mask = _mask(arguments, shape, axis.events)
+    cache = cache_of(arguments)
+    if cache is not None and (axis.positions is None or not hasattr(cache, "get_seq_length")):
+        axis.before, axis.silent = _cached(cache)
+    if "attention_mask" in arguments:
+        axis.mask = _mask(arguments["attention_mask"], shape, axis.events)
     return axis
 
 
@@ -293,14 +297,14 @@ def read_rows(name: str, arguments: Mapping[str, Any]) -> FedAxis | None:
 
 def _positions(
     arguments: Mapping[str, Any], shape: tuple[int, int], events: list[Any]
-) -> NDArray[np.int64] | None:
+) -> NDArray[np.int64] | list[list[int]] | None:
     """Give the positions that were given of the rows: [S] or [B, S]."""
-    for name in ("position_ids", "cache_position"):
+    for name in _POSITIONS:
         given = arguments.get(name)
         if isinstance(given, Tensor) and given.ndim <= _TOKEN_NDIM and has_bytes(given):
             fits = tuple(given.shape[-1:]) == shape[1:]
             if fits and given.numel() in (shape[1], shape[0] * shape[1]):
-                return _copied(given, torch.int64, events)
+                return _few(given) or _copied(given, torch.int64, events)
     return None
 
 
@@ -327,30 +331,25 @@ def is_filled(cache: Any) -> bool:
     return not elsewhere and int(found) > 0
 
 
-def _cached_length(arguments: Mapping[str, Any]) -> int | None:
-    """Give how many positions came before; None where the model's cache or state can't say."""
-    cache = cache_of(arguments)
-    if cache is None:
-        return 0
+def _cached(cache: Any) -> tuple[int, Any]:
+    """Give how many positions a cache or state holds; where it can't say, `UNKNOWN` and it."""
     if isinstance(cache, tuple | list):
         if cache and isinstance(cache[0], tuple | list):
-            return int(cache[0][0].shape[-2])  # the older form: (keys, values) [B, H, S, D]
-        return None
+            return int(cache[0][0].shape[-2]), None  # the older form: (keys, values) [B, H, S, D]
+        return UNKNOWN, cache
     length = getattr(cache, "get_seq_length", None)
     try:
-        return int(length()) if callable(length) else None
+        return (int(length()), None) if callable(length) else (UNKNOWN, cache)
     except (ValueError, RuntimeError, NotImplementedError):  # a state-space model's has none
-        return None
+        return UNKNOWN, cache
 
 
-def _mask(
-    arguments: Mapping[str, Any], shape: tuple[int, int], events: list[Any]
-) -> NDArray[np.bool_] | None:
-    given = arguments.get("attention_mask")
+def _mask(given: Any, shape: tuple[int, int], events: list[Any]) -> NDArray[np.bool_] | None:
     if isinstance(given, Tensor) and given.ndim == _TOKEN_NDIM and has_bytes(given):
         last = given[:, max(given.shape[1] - shape[1], 0) :]
         if tuple(last.shape) == shape:
-            return _copied(last != 0, torch.bool, events)
+            few = _few(last)
+            return np.array(few, np.bool_) if few else _copied(last != 0, torch.bool, events)
     return None
 
 
@@ -490,6 +489,7 @@ class Entries:
     _outermost: FrameType | None = None
     _raised: BaseException | None = None
     _parameters: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
+    _no_mappings: set[type] = field(default_factory=set)
 
     @property
     def outermost(self) -> nn.Module | None:
@@ -546,13 +546,18 @@ class Entries:
             except ValueError:  # a traced module's says nothing
                 names = ()
             self._parameters[module] = names
-        given: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(kwargs)
+        given: dict[str, Any] = dict(zip(names, args, strict=False))
+        given.update(kwargs)
         for place in range(len(names), len(args)):
             given[f"*{place}"] = args[place]
-        for value in list(given.values()):
-            if type(value) not in _PLAIN and isinstance(value, Mapping):
-                given = {**{str(key): one for key, one in value.items()}, **given}
-        return given
+        whole = given
+        for value in given.values():
+            if type(value) not in self._no_mappings:
+                if isinstance(value, Mapping):
+                    whole = {**{str(key): one for key, one in value.items()}, **whole}
+                else:  # to ask is slow
+                    self._no_mappings.add(type(value))
+        return whole
 
 
 def _has_ended(frame: FrameType | None) -> bool:

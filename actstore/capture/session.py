@@ -31,7 +31,7 @@ from actstore.capture.device import Crossings, pinned
 from actstore.capture.header import check_same_run, describe
 from actstore.capture.hooks import Hooks
 from actstore.capture.memory import Memory
-from actstore.capture.meter import Meter, share_in_hooks
+from actstore.capture.meter import Meter
 from actstore.capture.outputs import Choice, Sampling
 from actstore.capture.passes import Entries, RowChoice
 from actstore.capture.pipeline import Pipeline
@@ -434,7 +434,7 @@ class Capture:
             **meter.rates(self._config.target_throughput_gbps, waited),
             "writing_seconds": meter.writing_seconds,
             "waits": stage.waits,
-            "share_in_hooks": share_in_hooks(hooks.layers, meter.seconds),
+            "share_in_hooks": min(hooks.seconds / max(meter.seconds, 1e-9), 1.0),
             "staging_high_water_bytes": stage.high_water,
             "ignored_recomputed": hooks.recomputed,
             "skipped": skipped,

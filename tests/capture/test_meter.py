@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from oracle import framework, quiet
 from tiny_models import build, token_ids
 
-from actstore.capture.meter import PROGRESS_SECONDS, Meter, share_in_hooks
+from actstore.capture import hooks
+from actstore.capture.meter import PROGRESS_SECONDS, Meter
 from actstore.stream.reader import open_stream
 
 
@@ -87,14 +88,19 @@ def test_a_progress_that_raises_is_logged_once_and_the_run_goes_on(
     assert "run.stream: no more lines of progress: BrokenPipeError" in told.getMessage()
 
 
-def test_the_share_in_hooks_follows_from_the_firings_that_were_timed() -> None:
-    layers = [
-        SimpleNamespace(kept=801, timed=100, seconds=0.1, slow=1, slow_seconds=0.2),
-        SimpleNamespace(kept=1, timed=0, seconds=0.0, slow=1, slow_seconds=0.05),
-    ]
-    assert share_in_hooks(layers, 10.0) == pytest.approx((0.8 + 0.2 + 0.05) / 10)
-    assert share_in_hooks(layers, 0.1) == 1.0
-    assert share_in_hooks([], 10.0) == 0.0
+def test_the_share_in_hooks_follows_from_passes_that_were_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # of clocks that go on by a second whenever they are looked at, every firing takes one
+    monkeypatch.setattr(hooks.time, "perf_counter", itertools.count(1.0).__next__)
+    monkeypatch.setattr(Meter, "seconds", 1000.0)
+    model, one = build("llama"), framework()
+    one.instrument_model(model)
+    with quiet(), torch.no_grad(), one.capture_activations(str(tmp_path / "run.stream")):
+        for _ in range(4):
+            model(token_ids())
+    assert 0 < one.summary["packets"] < 1000
+    assert one.summary["share_in_hooks"] == one.summary["packets"] / 1000
 
 
 def test_the_summary_of_a_capture_counts_what_came_and_what_was_written(tmp_path: Path) -> None:

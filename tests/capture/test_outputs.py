@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +25,25 @@ MODES = [torch.no_grad, torch.enable_grad, torch.inference_mode]
 
 
 def _check(model: nn.Module, log: Path, mode: Any = torch.no_grad, **how: Any) -> Path:
-    with mode(), Oracle(model) as oracle, capturing(model, log, **how):
-        model(torch.linspace(-1, 1, 24).reshape(2, 3, 4))
-    assert oracle.fired
-    assert_equals(log, oracle.fired)
+    """Compare one pass, and three: in the later ones hooks know what to expect."""
+    thrice = log.with_name("thrice.stream")
+    for path, passes in ((log, 1), (thrice, 3)):
+        with mode(), Oracle(model) as oracle, capturing(model, path, **how):
+            for _ in range(passes):
+                model(torch.linspace(-1, 1, 24).reshape(2, 3, 4))
+        assert oracle.fired
+        assert_equals(path, oracle.fired)
+    assert _backs(thrice) == 3 * _backs(log)
     return log
+
+
+def _backs(log: Path) -> list[int]:
+    """Give of each packet how far before it the one is whose values it has; else 0."""
+    with open_stream(log) as reader:
+        rows = reader.table
+        whole = np.flatnonzero(rows.whole())
+        of = rows.alias_of[whole]
+        return np.where(of >= 0, rows.seq[whole] - of, 0).tolist()
 
 
 def _aliases(log: Path) -> dict[str, bool]:
@@ -156,6 +172,67 @@ def test_a_tensor_returned_in_two_passes_is_stored_in_each(log: Path) -> None:
 def test_an_empty_output_returned_again_reads_as_empty(mode: Any, log: Path) -> None:
     model = nn.Sequential(Apply(lambda _: torch.empty(0, 4)), nn.Identity())
     _check(model, log, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tensor_that_others_fired_between_is_stored_once(mode: Any, log: Path) -> None:
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept[:] = [x * 2]
+        return kept[0]
+
+    modules = Each(first=keep, other=lambda x: x + 1, again=lambda _: kept[0], last=lambda x: -x)
+    _check(modules, log, mode)
+    assert _aliases(log) == {
+        "first": False,
+        "other": False,
+        "again": True,
+        "last": False,
+        "": True,
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_an_alias_in_some_passes_is_stored_in_the_others(mode: Any, log: Path) -> None:
+    inner = nn.Linear(4, 4)
+    calls = itertools.count()
+    model = nn.Sequential(inner, Apply(lambda x: x + 1 if next(calls) % 3 == 1 else x))
+    with mode(), Oracle(model) as oracle, capturing(model, log):
+        for _ in range(9):
+            model(torch.ones(2, 3, 4))
+    assert_equals(log, oracle.fired)
+    apart = 3 * [[0, 1, 2], [0, 0, 1], [0, 1, 2]]
+    assert _backs(log) == [back for one in apart for back in one]
+
+
+@pytest.mark.parametrize("nbytes", [4096, 1 << 20])
+def test_no_reference_is_kept_to_an_output_once_the_pass_has_ended(nbytes: int, log: Path) -> None:
+    fired: list[weakref.ref[Tensor]] = []
+
+    def fresh(_: Any) -> Tensor:
+        made = torch.ones(nbytes // 4)
+        fired.append(weakref.ref(made))
+        return made
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modules_ = nn.ModuleList([Apply(fresh) for _ in range(5)])
+
+        def forward(self, x: Tensor) -> None:
+            for place, module in enumerate(self.modules_):
+                module(x)
+                # the last that was staged is held, if it is small, and none before it
+                alive = [one() is not None for one in fired[-1 - place :]]
+                assert not any(alive[:-1])
+                assert alive[-1] == (nbytes < 1 << 15 and len(fired) > 5)
+
+    model = Model()
+    with capturing(model, log):
+        for _ in range(3):
+            model(torch.ones(1))
+            assert not any(one() is not None for one in fired)
 
 
 @pytest.mark.parametrize("mode", MODES)
