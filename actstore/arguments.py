@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from numbers import Real
@@ -16,6 +17,7 @@ __all__ = [
     "check_positive",
     "check_strings",
     "check_tokenizer",
+    "enough_gb",
 ]
 
 #: So that 10^9 of it is a finite number, too.
@@ -39,6 +41,11 @@ def check_positive(name: str, value: Any, wanted: str) -> None:
 def check_memory(gigabytes: Any) -> None:
     """Refuse what is no ``max_memory_gb``; raises as `check_positive` does."""
     check_positive("max_memory_gb", gigabytes, "GB, such as 1.0")
+
+
+def enough_gb(nbytes: float) -> str:
+    """Give a ``max_memory_gb`` that so many bytes fit into: rounded up, unlike those of a file."""
+    return f"{math.ceil((nbytes + 1) / 1e7) / 100:.2f}"
 
 
 def check_count(name: str, value: Any, least: int = 1, end: int | None = None) -> None:

@@ -26,7 +26,7 @@ from actstore.archive.jobs import Written
 from actstore.archive.journal import Journal
 from actstore.archive.root import metadata_crc, read_root
 from actstore.archive.zipped import ZipPath
-from actstore.arguments import check_callable, check_memory
+from actstore.arguments import check_callable, check_memory, enough_gb
 from actstore.buckets import local, local_target
 from actstore.compaction import Pathlike, Progress
 from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
@@ -277,15 +277,15 @@ def _make_shards(
     archive: Hdf5Archive,
     journal: Journal,
     jobs: list[_Shard],
-    gigabytes: float,
+    max_memory_gb: float,
     progress: Callable[[int], Any],
 ) -> None:
     needed = max((one.memory for one in jobs), default=1)
-    threads = (int(gigabytes * 1e9) - _BESIDE) // needed
+    threads = (int(max_memory_gb * 1e9) - _BESIDE) // needed
     if threads < 1:
         msg = (
-            f"a shard of this archive needs {(needed + _BESIDE) / 1e9:.2f} GB of memory; "
-            f"max_memory_gb is {gigabytes:.2f}: give that much"
+            f"a shard of this archive needs {enough_gb(needed + _BESIDE)} GB of memory; "
+            f"max_memory_gb is {max_memory_gb:.4g}: give that much"
         )
         raise ConfigError(msg)
     done = 0

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from actstore.analysis.engine import Budget, Mask, compute, later
 from actstore.analysis.source import Source, blocks_of, labelled, source_of
-from actstore.arguments import check_count
+from actstore.arguments import check_count, enough_gb
 from actstore.errors import ConfigError
 
 __all__ = ["covariance", "pca"]
@@ -174,7 +174,7 @@ def _fitting(source: Source, budget: Budget, squares: int, results: int) -> Budg
         msg = (
             f"max_memory_gb={budget.gigabytes!r} is too little: {source.name!r} has "
             f"{source.width} features, {layers} layers; that many squared take "
-            f"{(results + 1.25 * each) / 1e9:.2f} GB: give that much, or choose fewer layers with "
+            f"{enough_gb(results + 1.25 * each)} GB: give that much, or choose fewer layers with "
             "dataset.sel(layer=[...])"
         )
         raise ConfigError(msg)

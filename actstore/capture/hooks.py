@@ -230,7 +230,6 @@ class Hooks:
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep what a module returned, where it isn't like what it returned before."""
         layer = self._returning[module]
-        began = time.perf_counter()
         if isinstance(output, Tensor):
             self._fired(layer, args, output)
         else:
@@ -240,7 +239,6 @@ class Hooks:
                     target = self._modules[layer.info.name]
                     another = self._layer(f"{target.name}#{place}", target, place)
                     self._fired(another, args, tensor)
-        self._slow_seconds += time.perf_counter() - began
         self._stop_if_done(module)
 
     def _layer(self, name: str, target: Target, place: int = 0) -> LayerState:
@@ -293,7 +291,7 @@ class Hooks:
 
     @property
     def seconds(self) -> float:
-        """How long all hooks of layers took, as those of one pass in eight say."""
+        """How long the hooks of layers took, those that were not timed like those that were."""
         live, slow = self._outputs.live, self._outputs.slow
         each = live.seconds / max(live.firings, 1)
         return self._slow_seconds + each * (self.packets - slow)
@@ -450,6 +448,7 @@ class Hooks:
     # -- layers ---------------------------------------------------------------------------------
 
     def _fired(self, layer: LayerState, args: Any, tensor: Tensor | None) -> None:
+        began = time.perf_counter()
         if _in_backward() != -1:
             self.recomputed += 1  # checkpointing runs the forward again in backward
             return
@@ -470,6 +469,7 @@ class Hooks:
         else:
             self._check_thread(layer.info.name)
         self._outputs.keep(layer, tensor, self._pass)
+        self._slow_seconds += time.perf_counter() - began
 
     def _describe(self, layer: LayerState, whole: Tensor, local: Tensor, args: Any) -> None:
         """Say which part of a layer's output is here, before the log describes it."""

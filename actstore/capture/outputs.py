@@ -274,8 +274,9 @@ class Outputs:
         line costs, and so does every object that isn't that of the module before, too. What is
         anything else goes on to ``otherwise``, before anything is done.
 
-        Of a small tensor that was staged no reference is kept for the rest of the pass but where
-        somebody else still has it when the next one comes: most are gone by then.
+        A small tensor is held until the next one comes. Only if somebody else still has it then
+        is it remembered, by a weak reference, for the rest of the pass: what is gone can't be
+        returned again, most are gone, and to remember one costs more than to copy it.
 
         Parameters
         ----------

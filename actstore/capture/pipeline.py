@@ -27,6 +27,8 @@ __all__ = ["Pipeline"]
 #: Blocks of several packets are cut at so many bytes: they fit the caches, and a reader that wants
 #: one token decodes no more.
 BLOCK_BYTES: Final = 1 << 20
+#: Bytes of a group that one thread encodes alone.
+_LITTLE: Final = 8 << 20
 
 
 class Pipeline:
@@ -96,9 +98,11 @@ class Pipeline:
                 while (group := self._stage.take()) is not None:
                     if self._stage.failure is None:
                         # to copy takes no more than one thread, and others would only take the
-                        # interpreter's lock from the model's; once the interpreter exits, a pool
-                        # takes nothing more
-                        alone = not self._codec or not threading.main_thread().is_alive()
+                        # interpreter's lock from the model's; for little they wait longer for
+                        # cores, where the model's threads spin for a while, than it takes; once
+                        # the interpreter exits, a pool takes nothing more
+                        little = not self._codec or group.used < _LITTLE
+                        alone = little or not threading.main_thread().is_alive()
                         each = map if alone else pool.map
                         if group.crossing is not None:
                             group.crossing.arrive()

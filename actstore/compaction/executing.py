@@ -5,7 +5,6 @@ An executor gives each shard as it is written; what is finished is noted by who 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
@@ -18,7 +17,7 @@ from actstore import machine
 from actstore.archive import jobs, shards
 from actstore.archive.grid import SHARD_BYTES
 from actstore.archive.jobs import Job, Written
-from actstore.arguments import check_count
+from actstore.arguments import check_count, enough_gb
 from actstore.errors import ArchiveError, ConfigError
 
 __all__ = [
@@ -128,7 +127,7 @@ class Sending:
             yield from ended(0)
 
 
-def fitting(jobs: Sequence[Job], workers: int, gigabytes: float, beside: int = 0) -> int:
+def fitting(jobs: Sequence[Job], workers: int, max_memory_gb: float, beside: int = 0) -> int:
     """Give how many threads fit into memory, with so many bytes beside them.
 
     Raises
@@ -137,12 +136,12 @@ def fitting(jobs: Sequence[Job], workers: int, gigabytes: float, beside: int = 0
         Not even one does.
     """
     needed = max((job.memory for job in jobs), default=0)
-    threads = (int(gigabytes * 1e9) - _BESIDE - beside) // needed if needed else workers
+    threads = (int(max_memory_gb * 1e9) - _BESIDE - beside) // needed if needed else workers
     if threads < 1:
-        least = math.ceil((needed + _BESIDE + beside) / 1e7) / 100  # rounded, it might not do
+        least = enough_gb(needed + _BESIDE + beside)
         msg = (
-            f"a shard of this archive needs {least:.2f} GB of memory; max_memory_gb is "
-            f"{gigabytes:.4g}: give that much"
+            f"a shard of this archive needs {least} GB of memory; max_memory_gb is "
+            f"{max_memory_gb:.4g}: give that much"
         )
         raise ConfigError(msg)
     return min(workers, threads)

@@ -19,6 +19,7 @@ from actstore.archive import shards, store
 from actstore.archive.reading import ShardedRows
 from actstore.archive.root import metadata_crc, parse_root
 from actstore.archive.zipped import Place
+from actstore.arguments import enough_gb
 from actstore.errors import ArchiveError, ConfigError
 from actstore.hdf5 import chunks as coded
 from actstore.hdf5.mirror import (
@@ -128,14 +129,14 @@ class Hdf5Writer:
             for array in self.arrays.values():
                 self._compare(file[array.name], array)
 
-    def _fitting(self, gigabytes: float) -> int:
+    def _fitting(self, max_memory_gb: float) -> int:
         """Give how many chunks fit into memory at once."""
         most = max((one.chunk_bytes for one in self.arrays.values()), default=1)
-        count = (int(gigabytes * 1e9) - _BESIDE) // (_COPIES * most)
+        count = (int(max_memory_gb * 1e9) - _BESIDE) // (_COPIES * most)
         if count < 1:
             msg = (
-                f"a chunk of this archive needs {(_COPIES * most + _BESIDE) / 1e9:.2f} GB of "
-                f"memory; max_memory_gb is {gigabytes:.2f}: give that much"
+                f"a chunk of this archive needs {enough_gb(_COPIES * most + _BESIDE)} GB of "
+                f"memory; max_memory_gb is {max_memory_gb:.4g}: give that much"
             )
             raise ConfigError(msg)
         return min(count, 2 * machine.cores())

@@ -25,7 +25,8 @@ from actstore import codecs
 
 __all__ = ["Bare"]
 
-_ARENA = 256 << 20
+#: Bytes of memory, and how many are used before the first are used again.
+_ARENA, _ENOUGH = 512 << 20, 64 << 20
 _SMALL = 32 << 10
 #: Bytes that wait for the codec, and that a thread encodes at a time.
 _DUE, _BLOCK = 4 << 20, 1 << 20
@@ -93,6 +94,8 @@ class Bare:
                 return
             self._last = tensor
             nbytes, place = tensor.nbytes, self._used
+            if place + nbytes > _ARENA:
+                raise MemoryError(f"a pass of more than {_ARENA - _ENOUGH} bytes")
             move = move_small if nbytes < _SMALL else move_large
             move(base + place, tensor.data_ptr(), nbytes)
             self._used = place + nbytes
@@ -103,7 +106,7 @@ class Bare:
         self._last = None
         if self._codec and self._used - self._begin >= _DUE:
             self._encode()
-        if self._used > _ARENA // 4:
+        if self._used > _ENOUGH:
             self._begin = self._used = 0
 
     def _encode(self) -> None:
