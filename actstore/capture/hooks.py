@@ -381,7 +381,7 @@ class Hooks:
         if annotations or self._labelled:
             annotations = {**self._labels_of(arguments, axes), **annotations}
             self._label(cache_of(arguments), annotations)
-        self._outputs.begin_pass()
+        self._outputs.begin_pass(ends=self._entries.inside)
         for one in axes:
             self._count(one)
         kept = self._outputs.choose(axes)

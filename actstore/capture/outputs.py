@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -30,9 +30,11 @@ from actstore.stream.records import Features
 
 __all__ = ["Choice", "LayerState", "Live", "Outputs", "Sampling", "first_tensor", "tensors_of"]
 
-#: The hooks of one pass in eight are timed; of the first most are slow.
-_TIMED = 7
-#: Bytes of a tensor that may be held for a while after its module gave it.
+#: Of eight passes those are timed: of the first most come the slow way, as does what follows a
+#: prompt.
+_TIMED, _OF = (0, 2), 8
+#: A tensor of fewer bytes may be held for a while after its module gave it; so is what it is a
+#: view of.
 _SMALL = 32 << 10
 _CODES: dict[torch.dtype, int] = {
     getattr(torch, name): entry.code
@@ -114,14 +116,11 @@ class Form:
         Their shape.
     nbytes : int
         Bytes of one of them.
-    small : bool
-        One of them may be held until the next is staged.
     """
 
     dtype: torch.dtype
     shape: torch.Size
     nbytes: int
-    small: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -169,8 +168,11 @@ class Live:
         What is kept by the fast way is timed.
     firings, seconds : int, float
         How much that was in all passes, and how long it took.
+    held : int
+        A tensor of fewer bytes is held until the next is staged; 0 where the pass might never
+        end, or a graph hang on it.
     tensor : torch.Tensor or None
-        That which was staged last, if it is small: held until the next is.
+        The one that is held.
     seq, state
         Its packet's, and what it was like.
     """
@@ -180,6 +182,7 @@ class Live:
     timed: bool = False
     firings: int = 0
     seconds: float = 0.0
+    held: int = 0
     tensor: Tensor | None = None
     seq: int = -1
     state: _State | None = None
@@ -190,6 +193,9 @@ def _references() -> int:
     live = Live(tensor=torch.empty(0))
     last = live.tensor
     return sys.getrefcount(last)
+
+
+_ALONE: Final = _references()
 
 
 class Outputs:
@@ -237,11 +243,12 @@ class Outputs:
         self._seen: dict[int, tuple[weakref.ref[Tensor], int, _State | None]] = {}
         self._chosen: dict[str, tuple[Axis, Axis, NDArray[np.int64]]] = {}
 
-    def begin_pass(self) -> None:
-        """Forget what the pass before kept."""
+    def begin_pass(self, *, ends: bool) -> None:
+        """Forget what the pass before kept; ``ends`` says that this one's end will be told."""
         live = self.live
         live.inference = torch.is_inference_mode_enabled()
-        live.timed = self._passes & _TIMED == 1
+        live.timed = self._passes % _OF in _TIMED
+        live.held = _SMALL if ends and not torch.is_grad_enabled() else 0
         live.tensor = None
         self._passes += 1
         self._seen.clear()
@@ -274,9 +281,10 @@ class Outputs:
         line costs, and so does every object that isn't that of the module before, too. What is
         anything else goes on to ``otherwise``, before anything is done.
 
-        A small tensor is held until the next one comes. Only if somebody else still has it then
-        is it remembered, by a weak reference, for the rest of the pass: what is gone can't be
-        returned again, most are gone, and to remember one costs more than to copy it.
+        A small tensor is held until the next one comes, if no graph hangs on it. Only if somebody
+        else still has it then is it remembered, by a weak reference, for the rest of the pass:
+        what is gone can't be returned again, most are gone, and to remember one costs more than
+        to copy it.
 
         Parameters
         ----------
@@ -289,7 +297,7 @@ class Outputs:
         put_from, copier = self._stage.put_from, self._crossings.copier
         identify, in_backward = threading.get_ident, torch._C._current_graph_task_id
         clock, find, reference = time.perf_counter, layers.get, weakref.ref
-        references, alone = sys.getrefcount, _references()
+        references = sys.getrefcount
 
         def fired(module: nn.Module, args: Any, output: Any) -> None:
             layer = find(module)
@@ -322,9 +330,9 @@ class Outputs:
                     seq = put(layer.kind, form.nbytes, address)
                 else:
                     seq = put_from(layer.kind, form.nbytes, copier(tensor.detach()))
-                if last is not None and references(last) > alone:
+                if last is not None and references(last) > _ALONE:
                     seen[id(last)] = (reference(last), live.seq, live.state)
-                if form.small:
+                if form.nbytes < live.held:
                     live.tensor, live.seq, live.state = tensor, seq, state
                 else:
                     live.tensor = None
@@ -413,13 +421,14 @@ class Outputs:
         return (picked.flatten(0, 1) if axis.flat else picked), name
 
     def _state(self, tensor: Tensor, axis: str) -> _State:
-        unversioned = tensor.is_inference() or self.live.inference
-        version = None if unversioned else tensor._version
+        try:
+            version = None if self.live.inference else tensor._version
+        except RuntimeError:  # of one that was made under inference_mode
+            version = None
         about = (tensor.dtype, tensor.shape)
         form = self._forms.get(about)
         if form is None:
-            nbytes = tensor.numel() * tensor.itemsize
-            form = self._forms[about] = Form(*about, nbytes, nbytes < _SMALL)
+            form = self._forms[about] = Form(*about, tensor.numel() * tensor.itemsize)
         return (version, form, tensor.data_ptr(), axis)
 
     def _put(self, kind: int, plain: Tensor) -> int:

@@ -50,6 +50,8 @@ _OF_DECODER: Final = "decoder_"
 _OF_CACHE: Final = (*CACHES, "cache_position")
 #: Integers that are no token ids.
 _NO_IDS: Final = re.compile(r"(mask|position|label|type|index|length)")
+#: What arguments mostly are, and is no mapping: to ask of each is slow.
+_PLAIN: Final = (Tensor, bool, int, type(None))
 _POSITIONS: Final = ("position_ids", "cache_position")
 _TOKEN_NDIM: Final = 2
 _FEW: Final = 16
@@ -177,6 +179,9 @@ def read_inputs(
     axes = read_axes(axis, arguments)
     if not axes and not deferred:
         rows = read_rows(axis or "token", arguments)
+        cache = cache_of(arguments)
+        if rows is not None and cache is not None:
+            _, rows.silent = _cached(cache)
         axes = (rows,) if rows else ()
     if annotations:
         _check_labels(index, axes, arguments, annotations)
@@ -334,8 +339,10 @@ def is_filled(cache: Any) -> bool:
 def _cached(cache: Any) -> tuple[int, Any]:
     """Give how many positions a cache or state holds; where it can't say, `UNKNOWN` and it."""
     if isinstance(cache, tuple | list):
-        if cache and isinstance(cache[0], tuple | list):
-            return int(cache[0][0].shape[-2]), None  # the older form: (keys, values) [B, H, S, D]
+        first = cache[0] if cache else None
+        keys = first[0] if isinstance(first, tuple | list) and first else None
+        if isinstance(keys, Tensor) and keys.ndim >= _TOKEN_NDIM:
+            return keys.shape[-2], None  # the older form: (keys, values) [B, H, S, D]
         return UNKNOWN, cache
     length = getattr(cache, "get_seq_length", None)
     try:
@@ -489,7 +496,6 @@ class Entries:
     _outermost: FrameType | None = None
     _raised: BaseException | None = None
     _parameters: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
-    _no_mappings: set[type] = field(default_factory=set)
 
     @property
     def outermost(self) -> nn.Module | None:
@@ -552,11 +558,8 @@ class Entries:
             given[f"*{place}"] = args[place]
         whole = given
         for value in given.values():
-            if type(value) not in self._no_mappings:
-                if isinstance(value, Mapping):
-                    whole = {**{str(key): one for key, one in value.items()}, **whole}
-                else:  # to ask is slow
-                    self._no_mappings.add(type(value))
+            if type(value) not in _PLAIN and isinstance(value, Mapping):
+                whole = {**{str(key): one for key, one in value.items()}, **whole}
         return whole
 
 

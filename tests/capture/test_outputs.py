@@ -206,8 +206,17 @@ def test_what_is_an_alias_in_some_passes_is_stored_in_the_others(mode: Any, log:
     assert _backs(log) == [back for one in apart for back in one]
 
 
-@pytest.mark.parametrize("nbytes", [4096, 1 << 20])
-def test_no_reference_is_kept_to_an_output_once_the_pass_has_ended(nbytes: int, log: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "nbytes", "held"),
+    [
+        (torch.no_grad, 4096, True),
+        (torch.no_grad, 1 << 20, False),
+        (torch.enable_grad, 4096, False),
+    ],
+)
+def test_no_output_is_held_but_a_small_one_until_the_next(
+    mode: Any, nbytes: int, held: bool, log: Path
+) -> None:
     fired: list[weakref.ref[Tensor]] = []
 
     def fresh(_: Any) -> Tensor:
@@ -218,21 +227,33 @@ def test_no_reference_is_kept_to_an_output_once_the_pass_has_ended(nbytes: int, 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.modules_ = nn.ModuleList([Apply(fresh) for _ in range(5)])
+            self.parts = nn.ModuleList([Apply(fresh) for _ in range(5)])
 
         def forward(self, x: Tensor) -> None:
-            for place, module in enumerate(self.modules_):
-                module(x)
-                # the last that was staged is held, if it is small, and none before it
-                alive = [one() is not None for one in fired[-1 - place :]]
-                assert not any(alive[:-1])
-                assert alive[-1] == (nbytes < 1 << 15 and len(fired) > 5)
+            for place, part in enumerate(self.parts):
+                part(x)
+                *before, last = [one() is not None for one in fired[-1 - place :]]
+                assert not any(before)
+                assert last == (held and len(fired) > 5)  # all of the first pass come otherwise
 
     model = Model()
-    with capturing(model, log):
+    with mode(), capturing(model, log):
         for _ in range(3):
             model(torch.ones(1))
             assert not any(one() is not None for one in fired)
+        for part in model.parts:  # a pass whose end nobody tells
+            part(torch.ones(1))
+            assert not any(one() is not None for one in fired)
+
+
+def test_a_tensor_that_lost_its_version_is_kept(log: Path) -> None:
+    def odd(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            made = x + 1
+        made.data = torch.full((2, 3, 4), 5.0)
+        return made
+
+    _check(Each(odd=odd, after=lambda x: x * 2), log)
 
 
 @pytest.mark.parametrize("mode", MODES)

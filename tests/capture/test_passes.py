@@ -113,6 +113,47 @@ def test_a_cache_handed_on_by_hand_moves_the_positions(log: Path) -> None:
     _assert_axis(second, token_ids(2, 2), [5, 6])
 
 
+class Recurrent(nn.Module):
+    """Takes ids or features, and a state of any kind that it hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+
+    def forward(self, x: Tensor, position_ids: Tensor | None = None, state: Any = None) -> Tensor:
+        return x if x.is_floating_point() else self.embed(x)
+
+
+def test_rows_behind_a_state_that_says_nothing_are_counted_whatever_was_fed(log: Path) -> None:
+    class State:
+        pass
+
+    def run(model: nn.Module) -> None:
+        state = State()
+        model(torch.ones(1, 5, 4), state=state)
+        model(torch.tensor([[1, 2]]), state=state)
+        model(torch.tensor([[3]]), state=state)
+        model(torch.ones(1, 2, 4), state=state)
+
+    found = [info.axes[0].positions.tolist() for info in _run(Recurrent(), log, run)]
+    assert found == [[[0, 1, 2, 3, 4]], [[5, 6]], [[7]], [[8, 9]]]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [[(torch.ones(4), torch.ones(4))], [(None, None)], [({},)], [[], []], [()], [], ((),)],
+    ids=str,
+)
+def test_a_state_of_any_containers_ends_no_forward(state: Any, log: Path) -> None:
+    def run(model: nn.Module) -> None:
+        model(torch.tensor([[1, 2]]), torch.tensor([[5, 6]]), state)
+        model(torch.tensor([[1, 2]]), state=state)
+
+    first, second = _run(Recurrent(), log, run)
+    _assert_axis(first, [[1, 2]], [5, 6])
+    _assert_axis(second, [[1, 2]], [-1, -1])
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_a_padded_batch_has_the_models_mask_and_positions(left: bool, log: Path) -> None:
     ids, mask = token_ids(), torch.ones(2, 5, dtype=torch.long)
