@@ -54,6 +54,7 @@ _NO_IDS: Final = re.compile(r"(mask|position|label|type|index|length)")
 _PLAIN: Final = (Tensor, bool, int, type(None))
 _POSITIONS: Final = ("position_ids", "cache_position")
 _TOKEN_NDIM: Final = 2
+_KEYS_NDIM: Final = 4
 _FEW: Final = 16
 
 
@@ -341,8 +342,8 @@ def _cached(cache: Any) -> tuple[int, Any]:
     if isinstance(cache, tuple | list):
         first = cache[0] if cache else None
         keys = first[0] if isinstance(first, tuple | list) and first else None
-        if isinstance(keys, Tensor) and keys.ndim >= _TOKEN_NDIM:
-            return keys.shape[-2], None  # the older form: (keys, values) [B, H, S, D]
+        if isinstance(keys, Tensor) and keys.ndim == _KEYS_NDIM:
+            return int(keys.shape[-2]), None  # the older form: (keys, values) [B, H, S, D]
         return UNKNOWN, cache
     length = getattr(cache, "get_seq_length", None)
     try:

@@ -141,7 +141,16 @@ def test_rows_behind_a_state_that_says_nothing_are_counted_whatever_was_fed(log:
 
 @pytest.mark.parametrize(
     "state",
-    [[(torch.ones(4), torch.ones(4))], [(None, None)], [({},)], [[], []], [()], [], ((),)],
+    [
+        [(torch.ones(4), torch.ones(4))],
+        [(torch.ones(1, 7, 4),) * 2],
+        [(None, None)],
+        [({},)],
+        [[], []],
+        [()],
+        [],
+        ((),),
+    ],
     ids=str,
 )
 def test_a_state_of_any_containers_ends_no_forward(state: Any, log: Path) -> None:
