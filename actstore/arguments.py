@@ -17,6 +17,7 @@ __all__ = [
     "check_positive",
     "check_strings",
     "check_tokenizer",
+    "count_fitting",
     "enough_gb",
 ]
 
@@ -46,6 +47,24 @@ def check_memory(gigabytes: Any) -> None:
 def enough_gb(nbytes: float) -> str:
     """Give a ``max_memory_gb`` that so many bytes fit into: rounded up, unlike those of a file."""
     return f"{math.ceil((nbytes + 1) / 1e7) / 100:.2f}"
+
+
+def count_fitting(what: str, nbytes: int, max_memory_gb: float, beside: int) -> int:
+    """Give how many of what takes so many bytes fit into memory, with others beside them.
+
+    Raises
+    ------
+    ConfigError
+        Not even one does.
+    """
+    count = (int(max_memory_gb * 1e9) - beside) // nbytes
+    if count < 1:
+        msg = (
+            f"a {what} of this archive needs {enough_gb(nbytes + beside)} GB of memory; "
+            f"max_memory_gb is {max_memory_gb:.4g}: give that much"
+        )
+        raise ConfigError(msg)
+    return count
 
 
 def check_count(name: str, value: Any, least: int = 1, end: int | None = None) -> None:

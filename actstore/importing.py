@@ -26,10 +26,10 @@ from actstore.archive.jobs import Written
 from actstore.archive.journal import Journal
 from actstore.archive.root import metadata_crc, read_root
 from actstore.archive.zipped import ZipPath
-from actstore.arguments import check_callable, check_memory, enough_gb
+from actstore.arguments import check_callable, check_memory, count_fitting
 from actstore.buckets import local, local_target
 from actstore.compaction import Pathlike, Progress
-from actstore.errors import ActstoreError, ArchiveError, ConfigError, FormatError
+from actstore.errors import ActstoreError, ArchiveError, FormatError
 
 if TYPE_CHECKING:
     from actstore.hdf5.mirror import Array
@@ -281,13 +281,7 @@ def _make_shards(
     progress: Callable[[int], Any],
 ) -> None:
     needed = max((one.memory for one in jobs), default=1)
-    threads = (int(max_memory_gb * 1e9) - _BESIDE) // needed
-    if threads < 1:
-        msg = (
-            f"a shard of this archive needs {enough_gb(needed + _BESIDE)} GB of memory; "
-            f"max_memory_gb is {max_memory_gb:.4g}: give that much"
-        )
-        raise ConfigError(msg)
+    threads = count_fitting("shard", needed, max_memory_gb, _BESIDE)
     done = 0
     pool = ThreadPoolExecutor(min(machine.cores(), threads), "actstore-import")
     try:

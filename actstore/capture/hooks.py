@@ -199,7 +199,6 @@ class Hooks:
     ) -> None:
         self._remove()
         _attached.discard(self)
-        self._outputs.live.thread = 0
         if self.forked:
             return
         if self._pass is not None:

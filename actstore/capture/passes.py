@@ -361,14 +361,14 @@ def _mask(given: Any, shape: tuple[int, int], events: list[Any]) -> NDArray[np.b
     return None
 
 
-def _few(ids: Tensor) -> list[list[int]] | None:
-    """Give ids [B, S] of one token at a time; None of any others.
+def _few(given: Tensor) -> list[list[int]] | None:
+    """Give integers [B, S] of one token at a time; None of any others.
 
     Between two tokens caches are cold: every function that is not called counts.
     """
     try:
-        if ids.dtype is torch.int64 and type(ids) is Tensor and ids.ndim == _TOKEN_NDIM:
-            return ids.tolist() if 0 < ids.numel() <= _FEW and ids.is_cpu else None
+        if given.dtype is torch.int64 and type(given) is Tensor and given.ndim == _TOKEN_NDIM:
+            return given.tolist() if 0 < given.numel() <= _FEW and given.is_cpu else None
     except RuntimeError:  # of torch.func's, or without strides
         pass
     return None

@@ -17,8 +17,8 @@ from actstore import machine
 from actstore.archive import jobs, shards
 from actstore.archive.grid import SHARD_BYTES
 from actstore.archive.jobs import Job, Written
-from actstore.arguments import check_count, enough_gb
-from actstore.errors import ArchiveError, ConfigError
+from actstore.arguments import check_count, count_fitting
+from actstore.errors import ArchiveError
 
 __all__ = [
     "SENT_BYTES",
@@ -136,15 +136,9 @@ def fitting(jobs: Sequence[Job], workers: int, max_memory_gb: float, beside: int
         Not even one does.
     """
     needed = max((job.memory for job in jobs), default=0)
-    threads = (int(max_memory_gb * 1e9) - _BESIDE - beside) // needed if needed else workers
-    if threads < 1:
-        least = enough_gb(needed + _BESIDE + beside)
-        msg = (
-            f"a shard of this archive needs {least} GB of memory; max_memory_gb is "
-            f"{max_memory_gb:.4g}: give that much"
-        )
-        raise ConfigError(msg)
-    return min(workers, threads)
+    if not needed:
+        return workers
+    return min(workers, count_fitting("shard", needed, max_memory_gb, _BESIDE + beside))
 
 
 def workers_of(workers: int | None) -> int:

@@ -19,8 +19,8 @@ from actstore.archive import shards, store
 from actstore.archive.reading import ShardedRows
 from actstore.archive.root import metadata_crc, parse_root
 from actstore.archive.zipped import Place
-from actstore.arguments import enough_gb
-from actstore.errors import ArchiveError, ConfigError
+from actstore.arguments import count_fitting
+from actstore.errors import ArchiveError
 from actstore.hdf5 import chunks as coded
 from actstore.hdf5.mirror import (
     ESCAPE,
@@ -132,13 +132,7 @@ class Hdf5Writer:
     def _fitting(self, max_memory_gb: float) -> int:
         """Give how many chunks fit into memory at once."""
         most = max((one.chunk_bytes for one in self.arrays.values()), default=1)
-        count = (int(max_memory_gb * 1e9) - _BESIDE) // (_COPIES * most)
-        if count < 1:
-            msg = (
-                f"a chunk of this archive needs {enough_gb(_COPIES * most + _BESIDE)} GB of "
-                f"memory; max_memory_gb is {max_memory_gb:.4g}: give that much"
-            )
-            raise ConfigError(msg)
+        count = count_fitting("chunk", _COPIES * most, max_memory_gb, _BESIDE)
         return min(count, 2 * machine.cores())
 
     # -- what is there before any value
