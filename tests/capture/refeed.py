@@ -1,10 +1,12 @@
 """A tracked capture of the documented re-feeding loop, as a script that can be killed.
 
-``python refeed.py LOG STEPS INTERVAL`` prints a line wherever a kill may strike.
+``python refeed.py LOG STEPS INTERVAL`` prints a line wherever a kill may strike, and waits
+for it at the last one.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -92,12 +94,13 @@ def run(
     return tracker.tokens
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+    if line == f"recorded {sys.argv[2]}":  # who kills it may be late: it must not have ended
+        signal.pause()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ActstoreWarning)
-    run(
-        Path(sys.argv[1]),
-        int(sys.argv[2]),
-        int(sys.argv[3]),
-        said=lambda line: print(line, flush=True),
-    )
+    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), said=_say)
